@@ -1,0 +1,170 @@
+"""Configuration: what can be set, checked when it is set."""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Callable, Optional
+
+from transformers import LlavaNextVideoConfig
+
+from .methods_rediprune import METHODS
+from .selection_rediprune import CANDIDATE_POOLS, QUERY_WEIGHTINGS
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _setting(default, accepts: Callable[[Any], bool], expected: str):
+    return field(default=default, metadata={"accepts": accepts, "expected": expected})
+
+
+def _choice(default: str, names):
+    return _setting(default, lambda value: isinstance(value, str) and value in names, f"one of {', '.join(map(repr, names))}")
+
+
+@dataclass
+class PruningConfig:
+    """
+    The `pruning` block of `config.json`: the only home of the pruning parameters.
+
+    Every value is checked when it is set, in the constructor and by attribute.
+
+    Args:
+        method (`str`, defaults to `"rediprune"`): which tokens stay; a key of `METHODS` in `methods_rediprune.py`.
+        keep_ratio (`float`, defaults to 0.15): share of the visual tokens that stay, in (0, 1]. A set of `n` tokens
+            keeps `count_kept(n, keep_ratio)`; 1 is the stock model.
+        alpha (`float`, defaults to 0.5): weight of the relevance beside the diversity (paper, §3.4).
+        threshold (`float`, defaults to 0.0): the tau of Algorithm 1, a cosine. Used by the candidate pools
+            `"algorithm1"` and `"released"`; at most 0 filters nothing.
+        candidate_pool (`str`, defaults to `"all"`): `"all"` = every token is a candidate; `"algorithm1"` = the paper's
+            Algorithm 1 to the letter; `"released"` = what the authors' code does.
+        max_candidates (`int`, *optional*): the cap M of Algorithm 1; `None` = no cap. Used by `"algorithm1"`.
+        query_weighting (`str`, defaults to `"exponential"`): how text embeddings become one query vector (paper,
+            Table 4); `"none"` drops the text, so that diversity alone decides.
+        query_max_tokens (`int`, defaults to 128): at most so many tokens of the text after the last placeholder.
+        pooling (`str`, defaults to `"before"`): `"before"` = the checkpoint's own 2x2 video pooling, then prune;
+            `"skip"` = prune the unpooled tokens of each frame and do not pool.
+        positions (`str`, defaults to `"compact"`): `"compact"` = the pruned prompt is numbered 0..n-1, as in the
+            paper; `"original"` = every token keeps the position that it has in the unpruned prompt.
+        seed (`int`, defaults to 0): seed of the method `"random"`.
+
+    Raises:
+        ValueError: unknown key, or a value out of range; the message names key, value and allowed range.
+    """
+
+    method: str = _choice("rediprune", tuple(METHODS))
+    keep_ratio: float = _setting(0.15, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
+    alpha: float = _setting(0.5, _is_number, "a finite number (0 leaves diversity alone)")
+    threshold: float = _setting(0.0, lambda value: _is_number(value) and -1 <= value <= 1, "a cosine in [-1, 1]")
+    candidate_pool: str = _choice("all", CANDIDATE_POOLS)
+    max_candidates: Optional[int] = _setting(
+        None, lambda value: value is None or _is_integer(value) and value > 0, "a positive integer or None"
+    )
+    query_weighting: str = _choice("exponential", QUERY_WEIGHTINGS + ("none",))
+    query_max_tokens: int = _setting(128, lambda value: _is_integer(value) and value > 0, "a positive integer")
+    pooling: str = _choice("before", ("before", "skip"))
+    positions: str = _choice("compact", ("compact", "original"))
+    seed: int = _setting(0, lambda value: _is_integer(value) and value >= 0, "a non-negative integer")
+
+    def __post_init__(self):
+        self._check_together(vars(self))
+
+    def __setattr__(self, key, value):
+        self._check_keys([key])
+        rule = self.__dataclass_fields__[key].metadata
+        if not rule["accepts"](value):
+            raise ValueError(f"pruning key {key!r} is {value!r}, but must be {rule['expected']}")
+        if len(vars(self)) == len(self.__dataclass_fields__):  # the constructor checks when all are set
+            self._check_together({**vars(self), key: value})
+        super().__setattr__(key, value)
+
+    @staticmethod
+    def _check_together(values: dict):
+        pool, threshold, max_candidates = (values[key] for key in ("candidate_pool", "threshold", "max_candidates"))
+        if pool == "all" and threshold > 0:
+            raise ValueError(
+                f"pruning key threshold={threshold!r} chooses among candidates, but candidate_pool='all' takes every "
+                "token; set candidate_pool to 'algorithm1' or 'released' first"
+            )
+        if pool != "algorithm1" and max_candidates is not None:
+            raise ValueError(
+                f"pruning key max_candidates={max_candidates!r} caps the candidates of Algorithm 1, but candidate_pool="
+                f"{pool!r} has no cap; set candidate_pool to 'algorithm1' first"
+            )
+        if pool != "all" and values["query_weighting"] == "none":
+            raise ValueError(
+                f"pruning key candidate_pool={pool!r} ranks tokens by their relevance to the question, but "
+                "query_weighting='none' drops the question; set one of them to its default first"
+            )
+
+    @classmethod
+    def _check_keys(cls, keys):
+        allowed = cls.__dataclass_fields__
+        for key in keys:
+            if key not in allowed:
+                raise ValueError(f"unknown pruning key {key!r}; allowed keys: {', '.join(allowed)}")
+
+    @classmethod
+    def from_value(cls, value) -> "PruningConfig":
+        """A block from `None` (the defaults), a dictionary (merged over the defaults) or another block (copied)."""
+        if isinstance(value, PruningConfig):
+            return replace(value)
+        if value is None:
+            return cls()
+        if not isinstance(value, dict):
+            raise ValueError(f"pruning is {value!r}, but must be a dictionary with keys among {', '.join(cls().to_dict())}")
+        cls._check_keys(value)
+        return cls(**value)
+
+    def with_keep_ratio(self, keep_ratio: Optional[float]) -> "PruningConfig":
+        """This block with another keep ratio; itself when `keep_ratio` is `None`."""
+        return self if keep_ratio is None else replace(self, keep_ratio=keep_ratio)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any token can be dropped."""
+        return self.method != "none" and self.keep_ratio < 1
+
+    def count(self, num_tokens: int) -> int:
+        """How many of the `num_tokens` tokens of one set (a frame, an image view) stay."""
+        return METHODS[self.method].count(num_tokens, self) if self.prunes and num_tokens else num_tokens
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class ReDiPruneConfig(LlavaNextVideoConfig):
+    """
+    [`LlavaNextVideoConfig`] with one more block, `pruning` ([`PruningConfig`]).
+
+    `from_pretrained(repo, pruning={"keep_ratio": 0.25})` merges over the block of the repository's `config.json`, which
+    itself is merged over the defaults.
+    """
+
+    model_type = "rediprune_llava_next_video"
+
+    def __init__(self, *args, pruning=None, **kwargs):
+        kwargs.pop("model_type", None)  # the stock one, in the config.json of a stock checkpoint
+        super().__init__(*args, **kwargs)
+        self.pruning = pruning
+
+    def __setattr__(self, key, value):
+        super().__setattr__(key, PruningConfig.from_value(value) if key == "pruning" else value)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        overrides = kwargs.pop("pruning", None)
+        if isinstance(overrides, dict):
+            overrides = {**PruningConfig.from_value(config_dict.get("pruning")).to_dict(), **overrides}
+        if overrides is not None:
+            config_dict = {**config_dict, "pruning": overrides}
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        output = super().to_dict()
+        output["pruning"] = self.pruning.to_dict()
+        return output

@@ -1,0 +1,78 @@
+"""How many visual tokens an image or a video makes, and in which grids: plain arithmetic, shared by the processor (which
+writes that many placeholders) and the model (which fills them), so that the two cannot disagree."""
+
+from typing import NamedTuple
+
+from transformers.image_processing_utils import select_best_resolution
+
+
+class TokenGrid(NamedTuple):
+    """`frames` equal sets of `height` x `width` visual tokens in raster order; each set is pruned to its own count."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens_per_set(self) -> int:
+        return self.height * self.width
+
+
+class TileCrop(NamedTuple):
+    """The tiles of one image: `rows` x `columns` tiles, whose joint token grid is cut to the box that holds the image."""
+
+    rows: int
+    columns: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def crop_of_tiles(image_size, grid_pinpoints, tile_size: int, side: int) -> TileCrop:
+    """
+    The anyres layout of an image.
+
+    Args:
+        image_size: (height, width) of the image in pixels.
+        grid_pinpoints: the resolutions (height, width) to choose from.
+        tile_size: side of a tile in pixels.
+        side: tokens on the side of a tile.
+    """
+    height, width = (int(length) for length in image_size)
+    best_height, best_width = select_best_resolution((height, width), grid_pinpoints)
+    rows, columns = best_height // tile_size, best_width // tile_size
+    grid_height, grid_width = rows * side, columns * side
+    top = left = 0
+    if width / height > grid_width / grid_height:
+        # Rounded to 7 digits first, as in the stock model, so that 11.9999999 does not become 11.
+        top = (grid_height - int(round(height * (grid_width / width), 7))) // 2
+    else:
+        left = (grid_width - int(round(width * (grid_height / height), 7))) // 2
+    return TileCrop(rows, columns, top, left, grid_height - 2 * top, grid_width - 2 * left)
+
+
+def image_grids(image_size, grid_pinpoints, tile_size: int, side: int) -> list:
+    """The two grids of an image: the base view and the unpadded tiles."""
+    crop = crop_of_tiles(image_size, grid_pinpoints, tile_size, side)
+    return [TokenGrid(1, side, side), TokenGrid(1, crop.height, crop.width)]
+
+
+def video_grids(num_frames: int, side: int, pooling: str, pool_stride: int) -> list:
+    """The one grid of a video whose frames have `side` x `side` tokens before pooling."""
+    if pooling == "before":
+        side = side // pool_stride
+    return [TokenGrid(num_frames, side, side)]
+
+
+def num_unpruned(grids, newlines: bool) -> int:
+    """Tokens of a medium when nothing is pruned; an image's tiles (its last grid) then end each row with a newline."""
+    total = sum(grid.frames * grid.tokens_per_set for grid in grids)
+    return total + (grids[-1].height if newlines else 0)
+
+
+def num_placeholders(grids, pruning, newlines: bool) -> int:
+    """Placeholders that a medium takes in the prompt under `pruning` (a `PruningConfig`); newlines go when tokens go."""
+    if not pruning.prunes:
+        return num_unpruned(grids, newlines)
+    return sum(grid.frames * pruning.count(grid.tokens_per_set) for grid in grids)

@@ -1,0 +1,38 @@
+"""Position ids of a pruned prompt, when every token keeps the position that it has in the unpruned one."""
+
+import torch
+
+
+def position_gaps(mask: torch.Tensor, offsets: list, lengths: list) -> torch.LongTensor:
+    """
+    How many positions of the unpruned prompt are left out before each token of the pruned one.
+
+    Args:
+        mask: (B, T) bool, the placeholders of the pruned prompt; the media fill them in order, row by row.
+        offsets: for each medium the ascending offsets (k,) of its kept tokens within the unpruned medium.
+        lengths: for each medium its number of tokens when nothing is pruned.
+
+    Returns:
+        (B, T + 1): entry t counts the positions skipped right before token t, the last one those after the prompt's end.
+    """
+    gaps = torch.zeros(mask.shape[0], mask.shape[1] + 1, dtype=torch.long, device=mask.device)
+    if not offsets:
+        return gaps
+    starts = [torch.diff(kept, prepend=kept.new_full((1,), -1)) - 1 for kept in offsets]
+    gaps[:, :-1][mask] = torch.cat(starts).to(gaps.device)
+    rows, columns = mask.nonzero(as_tuple=True)
+    last = torch.tensor([len(kept) for kept in offsets], device=gaps.device).cumsum(0) - 1
+    ends = torch.stack([length - 1 - kept[-1] for kept, length in zip(offsets, lengths)]).to(gaps.device)
+    gaps.index_put_((rows[last], columns[last] + 1), ends, accumulate=True)
+    return gaps
+
+
+def image_offsets(base_size: int, width: int, kept_base: torch.Tensor, kept_tiles: torch.Tensor) -> torch.LongTensor:
+    """Offsets of an image's kept tokens: the base view first, then rows of `width` tile tokens, each with its newline."""
+    return torch.cat([kept_base, base_size + kept_tiles + kept_tiles // max(width, 1)])
+
+
+def video_offsets(tokens_per_frame: int, kept: torch.Tensor) -> torch.LongTensor:
+    """Offsets of a video's kept tokens (frames, k): frame after frame."""
+    starts = torch.arange(kept.shape[0], device=kept.device) * tokens_per_frame
+    return (kept + starts[:, None]).flatten()

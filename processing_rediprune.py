@@ -1,0 +1,236 @@
+"""How long a prompt is: media become pixels and exactly as many placeholders as the model will fill."""
+
+import copy
+import itertools
+import os
+import re
+
+import numpy as np
+from transformers import BatchFeature, LlavaNextVideoProcessor
+from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.processing_utils import ProcessingKwargs
+from transformers.video_utils import make_batched_metadata, make_batched_videos
+
+from .configuration_rediprune import PruningConfig, ReDiPruneConfig
+from .geometry_rediprune import image_grids, num_placeholders, video_grids
+from .video_rediprune import frame_indices, read_video
+
+
+class ReDiPruneProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": False}, "common_kwargs": {"return_tensors": "pt"}}
+
+
+class ReDiPruneProcessor(LlavaNextVideoProcessor):
+    """
+    [`LlavaNextVideoProcessor`] that writes one placeholder for each visual token that stays.
+
+    Loaded from a repository it takes the pruning parameters from `config.json`, their only home; they are not saved with
+    the processor.
+
+    Args:
+        pruning ([`PruningConfig`] or `dict`, *optional*): the pruning block; the defaults when not given.
+        spatial_pool_stride (`int`, defaults to 2): stride of the video pooling, as in the model's config.
+    """
+
+    tokenizer_class = "AutoTokenizer"  # 4.57 would take Llama's alone
+
+    def __init__(
+        self,
+        video_processor=None,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        video_token="<video>",
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        pruning=None,
+        spatial_pool_stride=2,
+        **kwargs,
+    ):
+        super().__init__(
+            video_processor,
+            image_processor,
+            tokenizer,
+            chat_template=chat_template,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            video_token=video_token,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+        self.pruning = PruningConfig.from_value(pruning)
+        self.spatial_pool_stride = spatial_pool_stride
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, pruning=None, **kwargs):
+        """
+        As in the stock class; `pruning={...}` is merged over the block of the repository's `config.json`.
+
+        Raises:
+            OSError: no `config.json` beside the processor's files.
+        """
+        hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
+        overrides = {} if pruning is None else {"pruning": pruning}
+        config = ReDiPruneConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs, **overrides)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor.pruning = config.pruning
+        processor.spatial_pool_stride = config.spatial_pool_stride
+        return processor
+
+    def to_dict(self, *args, **kwargs):
+        output = super().to_dict(*args, **kwargs)
+        for key in ("pruning", "spatial_pool_stride"):
+            output.pop(key, None)
+        return output
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, keep_ratio=None, **kwargs):
+        """
+        As in the stock class, and:
+
+        Args:
+            videos: arrays, lists of frames, or paths and URLs of video files, sampled as the video processor's config says
+                (or `num_frames=`, `fps=`, `do_sample_frames=`); a clip with fewer frames gives all of them.
+            keep_ratio (`float`, *optional*): keep ratio of this call, instead of the one of `config.json`. It is returned
+                among the inputs, so that `model.generate(**inputs)` follows it.
+
+        Returns:
+            [`BatchFeature`]: the stock fields, and `keep_ratio` (`float`) where it was given.
+
+        Raises:
+            FileNotFoundError: a video path that does not exist.
+            ValueError: placeholders and media differ in number; audio was given; a video cannot be decoded or is empty;
+                the videos of one call have different numbers of frames.
+        """
+        # Harnesses pass an empty list for each modality that a sample lacks, under old names too.
+        if not _is_empty(audio) or not _is_empty(kwargs.pop("audios", None)):
+            raise ValueError(f"{type(self).__name__} takes images and videos, but audio was given; leave it out.")
+        images = None if _is_empty(images) else self.image_processor.fetch_images(images)
+        if not _is_empty(videos):
+            videos, kwargs = self._sample_videos(videos, kwargs)
+        else:
+            videos = None
+        text = [text] if isinstance(text, str) else text
+        self._check_placeholders(text, images, videos)
+
+        # A copy with its own pruning block, so that calls with different ratios cannot meet in shared state.
+        caller = copy.copy(self)
+        caller.pruning = self.pruning.with_keep_ratio(keep_ratio)
+        outputs = caller._process(images, text, videos, kwargs)
+        if keep_ratio is not None:
+            outputs["keep_ratio"] = keep_ratio
+        return outputs
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
+        """The placeholders of one image."""
+        tile_size = np.shape(image_inputs["pixel_values"][image_idx])[-1]
+        image_size = [int(length) for length in image_inputs["image_sizes"][image_idx]]
+        grids = image_grids(
+            image_size, self.image_processor.image_grid_pinpoints, tile_size, tile_size // self.patch_size
+        )
+        return self.image_token * num_placeholders(grids, self.pruning, newlines=True)
+
+    def replace_video_token(self, video_inputs, video_idx, **kwargs) -> str:
+        """The placeholders of one video."""
+        num_frames, *_, height, width = np.shape(video_inputs["pixel_values_videos"][video_idx])
+        if height != width:
+            raise ValueError(f"frames are {height}x{width} after preprocessing, but the vision tower takes squares.")
+        side = height // self.patch_size
+        grids = video_grids(num_frames, side, self.pruning.pooling, self.spatial_pool_stride)
+        return self.video_token * num_placeholders(grids, self.pruning, newlines=False)
+
+    def _process(self, images, text, videos, kwargs) -> BatchFeature:
+        if hasattr(super(), "_process_videos"):
+            return super().__call__(images=images, text=text, videos=videos, **kwargs)
+        # transformers 4.57 sizes all videos of a call by the first one and has no hook for the count of one medium, so
+        # here are the steps of 5.x.
+        merged = self._merge_kwargs(ReDiPruneProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        image_inputs = {} if images is None else self.image_processor(images, **merged["images_kwargs"])
+        video_inputs = {} if videos is None else self.video_processor(videos, **merged["videos_kwargs"])
+        if not merged["videos_kwargs"].get("return_metadata"):
+            video_inputs.pop("video_metadata", None)
+        text_inputs = {}
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        if text is not None:
+            media = {
+                self.image_token: (self.replace_image_token, image_inputs),
+                self.video_token: (self.replace_video_token, video_inputs),
+            }
+            seen = {token: itertools.count() for token in media}
+
+            def placeholders(match):
+                replace, inputs = media[match.group()]
+                return replace(inputs, next(seen[match.group()]))
+
+            either_token = "|".join(map(re.escape, media))
+            text = [re.sub(either_token, placeholders, sample) for sample in text]
+            text_inputs = self.tokenizer(text, **merged["text_kwargs"])
+            self._check_special_mm_tokens(text, text_inputs, modalities=["image", "video"])
+        return BatchFeature({**text_inputs, **image_inputs, **video_inputs}, tensor_type=return_tensors)
+
+    def _sample_videos(self, videos, kwargs):
+        """Decoded and sampled frames of every video, and the arguments that then remain for the stock processor."""
+        videos_kwargs = dict(kwargs.get("videos_kwargs", {}))
+        options = {}
+        for key in ("num_frames", "fps", "do_sample_frames", "video_metadata"):
+            flat, nested = kwargs.pop(key, None), videos_kwargs.pop(key, None)
+            options[key] = nested if nested is not None else flat
+        asked = options["num_frames"] is not None or options["fps"] is not None
+        if options["do_sample_frames"] is None:
+            options["do_sample_frames"] = asked or self.video_processor.do_sample_frames
+        if not asked:
+            options["num_frames"] = self.video_processor.num_frames
+            options["fps"] = self.video_processor.fps if options["num_frames"] is None else None
+
+        videos = make_batched_videos(videos)
+        metadata = make_batched_metadata(videos, options["video_metadata"])
+
+        def choose(total, source_fps):
+            if not options["do_sample_frames"]:
+                return np.arange(total)
+            return frame_indices(total, options["num_frames"], options["fps"], source_fps)
+
+        for index, video in enumerate(videos):
+            if isinstance(video, (str, os.PathLike)):
+                videos[index], metadata[index] = read_video(os.fspath(video), choose)
+                continue
+            if isinstance(video, (list, tuple)):  # paths of frames
+                video = np.stack([np.array(load_image(frame).convert("RGB")) for frame in video])
+            if len(video) == 0:
+                raise ValueError(f"video {index} has no frames")
+            kept = choose(len(video), metadata[index].fps)
+            videos[index] = video[kept]
+            metadata[index].frames_indices = [int(frame) for frame in kept]
+        lengths = [len(video) for video in videos]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"the videos of one call have {lengths} frames, but must all have the same number: sample them with "
+                "num_frames=, or process them in separate calls."
+            )
+        return videos, {
+            **kwargs,
+            "videos_kwargs": {**videos_kwargs, "do_sample_frames": False, "video_metadata": metadata},
+        }
+
+    def _check_placeholders(self, text, images, videos):
+        if text is None:
+            return
+        media = (
+            ("image", self.image_token, [] if images is None else make_flat_list_of_images(images)),
+            ("video", self.video_token, [] if videos is None else videos),
+        )
+        for name, token, items in media:
+            found = sum(sample.count(token) for sample in text)
+            if found != len(items):
+                raise ValueError(
+                    f"the text has {found} {token} placeholders, but {len(items)} {name}s were passed; write one {token} "
+                    f"for each {name}, where it belongs in the prompt."
+                )
+
+
+def _is_empty(media) -> bool:
+    """Whether nothing was passed: `None`, or lists of nothing."""
+    return media is None or isinstance(media, (list, tuple)) and all(_is_empty(item) for item in media)

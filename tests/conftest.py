@@ -1,0 +1,40 @@
+"""Small random models and processors. The code files are imported as the package `rediprune`, as the Hub's dynamic modules
+import them: each from the same folder, by relative imports."""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+package = types.ModuleType("rediprune")
+package.__path__ = [str(ROOT)]
+sys.modules["rediprune"] = package
+
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+from tiny import make_inputs, tiny_config, tiny_model, tiny_processor  # noqa: E402
+
+__all__ = ["make_inputs"]
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def config():
+    return tiny_config()

@@ -1,0 +1,166 @@
+"""Builders of small random models, processors and media for the tests: 32-pixel frames of 8x8 patches, 16 after pooling."""
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextImageProcessor,
+    LlavaNextVideoProcessor,
+    LlavaNextVideoVideoProcessor,
+    PreTrainedTokenizerFast,
+)
+
+IMAGE_SIZE, PATCH_SIZE = 32, 4
+PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+POOLED = PATCHES // 4
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+WORDS = "USER : ASSISTANT what colour is the star ? where which way does it move red blue left right top how many".split()
+SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} "
+    "{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tiny_tokenizer():
+    vocabulary = {word: index for index, word in enumerate(SPECIALS + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", "<video>"],
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _processor(cls, **kwargs):
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return cls(
+        video_processor=LlavaNextVideoVideoProcessor(
+            size=size, crop_size=size, do_center_crop=True, do_sample_frames=True, num_frames=4
+        ),
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=PINPOINTS
+        ),
+        tokenizer=tiny_tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        **kwargs,
+    )
+
+
+def tiny_processor(**pruning):
+    from rediprune.processing_rediprune import ReDiPruneProcessor
+
+    return _processor(ReDiPruneProcessor, pruning=pruning)
+
+
+def stock_processor():
+    """The stock class around the same parts."""
+
+    class Stock(LlavaNextVideoProcessor):
+        tokenizer_class = "AutoTokenizer"  # 4.57 takes Llama's alone
+
+    return _processor(Stock)
+
+
+def tiny_config(cls=None, **kwargs):
+    from rediprune.configuration_rediprune import ReDiPruneConfig
+
+    vision = CLIPVisionConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=2048,
+    )
+    return (cls or ReDiPruneConfig)(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=SPECIALS.index("<image>"),
+        video_token_index=SPECIALS.index("<video>"),
+        image_grid_pinpoints=PINPOINTS,
+        **kwargs,
+    )
+
+
+def tiny_model(seed=0, **pruning):
+    """A random model with weights large enough that its tokens differ and its logits are not flat."""
+    from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration
+
+    torch.manual_seed(seed)
+    model = ReDiPruneLlavaNextVideoForConditionalGeneration(tiny_config(pruning=pruning)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def stock_twin(model):
+    """The stock class with the same weights."""
+    from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+
+    twin = LlavaNextVideoForConditionalGeneration(tiny_config(LlavaNextVideoConfig)).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.generation_config = model.generation_config
+    return twin
+
+
+def random_video(seed=0, frames=4, size=(40, 48)):
+    return np.random.default_rng(seed).integers(0, 256, (frames, *size, 3), dtype=np.uint8)
+
+
+def random_image(seed=0, size=(40, 48)):
+    return Image.fromarray(random_video(seed, 1, size)[0])
+
+
+def write_video(path, frames, fps=10):
+    """An mp4 file of uint8 RGB frames (F, height, width, 3)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def grey_video(frames, size=(48, 64)):
+    """Frame i is of the grey 20 i, so that a decoded frame says which one it is."""
+    return np.stack([np.full((*size, 3), 20 * i, dtype=np.uint8) for i in range(frames)])
+
+
+def make_inputs(processor, text, **media):
+    media.setdefault("padding", isinstance(text, list))
+    return processor(text=text, **media)
