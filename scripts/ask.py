@@ -1,0 +1,148 @@
+"""Asks a question about a video or about images, and says what it cost.
+
+Examples:
+    python scripts/ask.py --video samples/motion.mp4 --question "which way does the red star move?"
+    python scripts/ask.py --video clip.mp4 --question "what happens?" --model me/LLaVA-NeXT-Video-7B-ReDiPrune --compare
+    python scripts/ask.py --image a.png b.png --question "what is the same in both?" --keep-ratio 0.25
+    python scripts/ask.py --frames folder/ --question "how many circles are there?" --overlay kept.png --json
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from repository import StageTimer, add_model_arguments, environment, fail, load
+
+STAGES = ("reading the media", "vision encoder", "selection", "projector", "prefill", "decode")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    media = parser.add_mutually_exclusive_group(required=True)
+    media.add_argument("--video", help="video file or URL")
+    media.add_argument("--image", nargs="+", help="one or more image files")
+    media.add_argument("--frames", help="folder of images that are the frames of a video, in the order of their names")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--keep-ratio", type=float, help="share of the visual tokens that stay (default: as config.json says)")
+    parser.add_argument("--method", help="pruning method (default: as config.json says)")
+    parser.add_argument("--num-frames", type=int, help="frames sampled from a video (default: as the repository says)")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--compare", action="store_true", help="also answer with all visual tokens, side by side")
+    parser.add_argument("--overlay", help="picture of the frames, kept patches bright and the rest dimmed (.png)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add_model_arguments(parser)
+    return parser.parse_args()
+
+
+def read_media(args) -> dict:
+    """The media as the processor takes them."""
+    if args.video:
+        return {"videos": [args.video]}
+    if args.image:
+        return {"images": [open_image(path) for path in args.image]}
+    folder = Path(args.frames)
+    if not folder.is_dir():
+        fail(f"--frames {args.frames}: no such folder")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions())
+    if not paths:
+        fail(f"--frames {args.frames}: the folder holds no images")
+    return {"videos": [[open_image(path) for path in paths]]}
+
+
+def open_image(path):
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read as an image: {error}")
+
+
+def prepare(args, processor, keep_ratio) -> tuple:
+    """The model's inputs, and the seconds that reading and preprocessing the media took."""
+    start = time.perf_counter()
+    media = read_media(args)
+    kind = "video" if "videos" in media else "image"
+    content = [{"type": kind}] * len(media[f"{kind}s"]) + [{"type": "text", "text": args.question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    options = {} if args.num_frames is None or kind == "image" else {"num_frames": args.num_frames}
+    inputs = processor(text=prompt, keep_ratio=keep_ratio, return_tensors="pt", **media, **options)
+    return inputs, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def answer(args, model, processor, keep_ratio) -> dict:
+    """One answer with what it took."""
+    inputs, reading = prepare(args, processor, keep_ratio)
+    inputs = inputs.to(model.device, model.dtype)
+    timer = StageTimer(model)
+    with timer:
+        output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
+    seconds = {"reading the media": reading, **timer.seconds}
+    visual = torch.isin(
+        inputs["input_ids"], torch.tensor([model.config.image_token_id, model.config.video_token_id]).to(output.device)
+    )
+    return {
+        "answer": processor.decode(new_tokens, skip_special_tokens=True).strip(),
+        "visual_tokens": int(visual.sum()),
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "new_tokens": len(new_tokens),
+        "seconds": {stage: round(seconds.get(stage, 0.0), 5) for stage in STAGES},
+        "total_seconds": round(sum(seconds.values()), 5),
+        "inputs": inputs,
+    }
+
+
+def print_report(args, results: dict) -> None:
+    print(f"question: {args.question}")
+    for name, result in results.items():
+        print(f"answer ({name}): {result['answer']}" if len(results) > 1 else f"answer: {result['answer']}")
+    print()
+    print(f"{'':22}" + "".join(f"{name:>14}" for name in results))
+    for key in ("visual_tokens", "prompt_tokens", "new_tokens"):
+        print(f"{key.replace('_', ' '):22}" + "".join(f"{result[key]:>14}" for result in results.values()))
+    for stage in STAGES:
+        print(f"{stage:22}" + "".join(f"{1000 * result['seconds'][stage]:>11.1f} ms" for result in results.values()))
+    print(f"{'total':22}" + "".join(f"{1000 * result['total_seconds']:>11.1f} ms" for result in results.values()))
+
+
+def main():
+    args = parse_arguments()
+    pruning = {key: value for key, value in (("keep_ratio", args.keep_ratio), ("method", args.method)) if value is not None}
+    try:
+        model, processor = load(args, pruning)
+        if args.compare:
+            answer(args, model, processor, None)  # the first run of a process is slower than all others
+        results = {"pruned": answer(args, model, processor, None)}
+        inputs = results["pruned"].pop("inputs")
+        unpruned_tokens = count_unpruned(args, processor)
+        if args.compare:
+            results["unpruned"] = answer(args, model, processor, 1.0)
+            results["unpruned"].pop("inputs")
+    except (ValueError, OSError, ImportError) as error:
+        fail(str(error))
+    if args.overlay:
+        from overlay import draw_overlay
+
+        draw_overlay(model, processor, inputs, f"{args.question}  {results['pruned']['answer']}", args.overlay)
+    if args.json:
+        settings = model.config.pruning.to_dict()
+        record = {"question": args.question, **results, "visual_tokens_unpruned": unpruned_tokens, "pruning": settings}
+        print(json.dumps({**record, "environment": environment(model)}, indent=2))
+        return
+    print_report(args, results)
+    kept = results["pruned"]["visual_tokens"]
+    print(f"\n{kept} of {unpruned_tokens} visual tokens kept ({kept / unpruned_tokens:.1%})")
+    if args.overlay:
+        print(f"overlay written to {args.overlay}")
+
+
+def count_unpruned(args, processor) -> int:
+    inputs, _ = prepare(args, processor, 1.0)
+    return int(sum((inputs["input_ids"] == token).sum() for token in (processor.image_token_id, processor.video_token_id)))
+
+
+if __name__ == "__main__":
+    main()

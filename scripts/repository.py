@@ -1,0 +1,161 @@
+"""What the command-line tools share: where the repository is, how a model and its processor are loaded, how stages are
+timed, and how result files are written."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def fail(message: str):
+    """Ends the program with a message instead of a traceback."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: the checkpoint of this repository)")
+    group.add_argument("--revision", default="main", help="revision of a Hub id")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: as the checkpoint says")
+    group.add_argument("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"])
+    group.add_argument("--threads", type=int, help="CPU threads (default: as torch decides)")
+    group.add_argument(
+        "--pruning",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any key of config.json's pruning block, e.g. --pruning alpha=1.0 --pruning positions=original; repeatable",
+    )
+
+
+def key_value(text: str) -> tuple:
+    """`"alpha=2"` -> `("alpha", 2)`; a value that is not JSON is a string."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def load(args, pruning: dict = None) -> tuple:
+    """Model (in eval mode, on its device) and processor through the Auto classes, as a user loads them.
+
+    Args:
+        args: the parsed arguments of `add_model_arguments`.
+        pruning: changes to the pruning block of the repository, on top of `--pruning`.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        fail(f"--device {args.device}: torch sees no GPU here; pass --device cpu")
+    pruning = {**dict(args.pruning), **(pruning or {})}
+    options = {"revision": args.revision, "trust_remote_code": True, "pruning": pruning}
+    dtype = DTYPES.get(args.dtype, args.dtype)
+    auto_class = transformers.AutoModelForImageTextToText
+    model = auto_class.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention, **options)
+    processor = transformers.AutoProcessor.from_pretrained(args.model, **options)
+    return model.to(args.device).eval(), processor
+
+
+def environment(model=None) -> dict:
+    """Versions, device and threads, for the record of a measurement."""
+    record = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if model is not None:
+        record |= {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        if model.device.type == "cuda":
+            record["gpu"] = torch.cuda.get_device_name(model.device)
+    return record
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def write_whole(path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+class StageTimer:
+    """
+    Seconds that a model spends in each stage of the calls made inside `with timer:`.
+
+    The stages are `vision encoder`, `selection` (with the query), `projector`, `prefill` (the language model's first
+    pass) and `decode` (its later ones); `passes` counts the latter.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.seconds = defaultdict(float)
+        self.passes = 0
+
+    @contextmanager
+    def _timed(self, stage):
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.seconds[stage] += time.perf_counter() - start
+
+    def _synchronize(self):
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def _wrap(self, owner, name, stage_of):
+        original = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            with self._timed(stage_of()):
+                return original(*args, **kwargs)
+
+        setattr(owner, name, timed)
+        self._undo.append(lambda: delattr(owner, name))
+
+    def _language_stage(self):
+        self.passes += 1
+        return "prefill" if self.passes == 1 else "decode"
+
+    def __enter__(self):
+        parts = self.model.model
+        self._undo = []
+        self._wrap(parts.vision_tower, "forward", lambda: "vision encoder")
+        self._wrap(self.model, "_select", lambda: "selection")
+        self._wrap(parts.multi_modal_projector, "forward", lambda: "projector")
+        self._wrap(parts.language_model, "forward", self._language_stage)
+        return self
+
+    def __exit__(self, *error):
+        for undo in self._undo:
+            undo()
