@@ -156,6 +156,13 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
         super().__setattr__(key, PruningConfig.from_value(value) if key == "pruning" else value)
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:  # for a folder without the file, the stock class takes the defaults silently
+            raise OSError(f"no config.json in {str(pretrained_model_name_or_path)!r}, the home of the pruning parameters")
+        return config_dict, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         overrides = kwargs.pop("pruning", None)
         if isinstance(overrides, dict):

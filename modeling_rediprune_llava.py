@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from transformers import LlavaNextVideoForConditionalGeneration
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoCausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, num_unpruned, video_grids
@@ -100,6 +101,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             )
         return (model, info) if output_loading_info else model
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Optional[torch.LongTensor] = None,
@@ -138,8 +140,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         pruning = self._pruning_of_call(keep_ratio)
         prompt = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         stock = {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        shift = _shift_of_cache(past_key_values)
+        if shift is not None:
+            tokens = inputs_embeds if input_ids is None else input_ids
+            position_ids = _default_positions(position_ids, tokens, past_key_values) + shift[:, None].to(tokens.device)
         if pixel_values is None and pixel_values_videos is None:
-            position_ids = self._continue_positions(position_ids, prompt, past_key_values)
             return super().forward(**prompt, attention_mask=attention_mask, position_ids=position_ids, **stock)
 
         pixels = {"image": pixel_values, "video": pixel_values_videos}
@@ -151,7 +156,6 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
         if not pruning.prunes and pruning.pooling == "before":
-            position_ids = self._continue_positions(position_ids, prompt, past_key_values)
             return super().forward(
                 **prompt,
                 pixel_values=pixel_values,
@@ -172,17 +176,17 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             if tokens is not None:
                 embeds = embeds.masked_scatter(mask[..., None].expand_as(embeds).to(embeds.device), tokens.to(embeds))
 
-        shift = None
         if pruning.prunes and pruning.positions == "original":
-            position_ids, shift = self._spread_positions(position_ids, media, masks, past_key_values)
+            gaps = self._position_gaps(media, masks)
+            position_ids = _default_positions(position_ids, embeds, past_key_values) + gaps.cumsum(1)[:, :-1]
+            shift = gaps.sum(1) if shift is None else gaps.sum(1) + shift.to(gaps.device)
             if attention_mask is None:
-                # Without a mask and a cache, gaps between positions are read as the borders of packed sequences.
-                attention_mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
+                # Without a mask, gaps between positions are read as the borders of packed sequences.
+                num_tokens = _cached_tokens(past_key_values) + embeds.shape[1]
+                attention_mask = embeds.new_ones((len(embeds), num_tokens), dtype=torch.long)
         outputs = super().forward(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **stock
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **stock
         )
-        if isinstance(outputs, tuple):
-            return outputs
         if shift is not None and outputs.past_key_values is not None:
             # The cache is what goes from step to step and from turn to turn, so it carries how far its text was moved.
             outputs.past_key_values.position_shift = shift
@@ -220,26 +224,56 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         return media
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, pixel_values=None, pixel_values_videos=None, image_sizes=None, **kwargs
+        self,
+        input_ids,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        pixel_values_videos=None,
+        image_sizes=None,
+        **kwargs,
     ):
+        media_inputs = {
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "image_sizes": image_sizes,
+        }
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_sizes=image_sizes,
-            **kwargs,
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **media_inputs, **kwargs
         )
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if cached:
-            # A reused cache holds the media of earlier turns; only those of the new tokens are encoded.
-            new_ids = model_inputs.get("input_ids")
-            media_inputs = {"pixel_values": None, "pixel_values_videos": None, "image_sizes": None}
-            if new_ids is not None and new_ids.shape[1] > 1:
-                pixels = {"image": pixel_values, "video": pixel_values_videos}
-                media_inputs = self._new_media(input_ids, new_ids, pixels, image_sizes, kwargs.get("keep_ratio"))
-            model_inputs.update(media_inputs)
+        if _cached_tokens(past_key_values):
+            # The first pass over a reused cache takes the media of the new tokens, a decoding step takes none.
+            new_tokens = {key: model_inputs.get(key) for key in ("input_ids", "inputs_embeds")}
+            masks = self._placeholder_masks(**new_tokens).values()
+            has_media = any(mask.shape[1] > 1 and mask.any() for mask in masks)
+            model_inputs.update(media_inputs if has_media else dict.fromkeys(media_inputs))
         return model_inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, pixel_values_videos=None,
+        image_sizes=None, **kwargs,
+    ):
+        # Media that a reused cache holds are left out. The others are repeated row by row: repeated one by one, as in the
+        # stock class of 4.57, the media of a row that has several would change places.
+        embeds = kwargs.get("inputs_embeds")
+        masks = self._placeholder_masks(input_ids if embeds is None else None, embeds)
+        cached = _cached_tokens(kwargs.get("past_key_values"))
+        pixels = {"image": pixel_values, "video": pixel_values_videos}
+        pruning = self._pruning_of_call(kwargs.get("keep_ratio"))
+        media = self._place_media(pixels, image_sizes, masks, pruning, cached)
+        order = {"image": [], "video": []}
+        for row in range(len(masks["image"])):
+            for kind, indices in order.items():
+                group = [medium for medium in media if medium.kind == kind]
+                indices += [index for index, medium in enumerate(group) if medium.row == row] * expand_size
+        take = lambda tensor, kind: tensor[order[kind]] if tensor is not None and order[kind] else None  # noqa: E731
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        kwargs["pixel_values"] = take(pixel_values, "image")
+        kwargs["pixel_values_videos"] = take(pixel_values_videos, "video")
+        kwargs["image_sizes"] = take(image_sizes, "image")
+        return input_ids, kwargs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         # Without a cache every step sees the media again: what was generated must not become part of the question.
@@ -293,55 +327,32 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             media += [Medium("video", grids) for _ in range(num_videos)]
         return media
 
-    def _place_media(self, pixels, image_sizes, masks, pruning) -> list:
-        """The media of the prompt, each with the row of the batch that its placeholders are in."""
+    def _place_media(self, pixels, image_sizes, masks, pruning, cached: int = 0) -> list:
+        """
+        The media of the prompt, each with the row of the batch that its placeholders are in.
+
+        The first `cached` tokens of a row are in a reused cache: there either the media of all tokens were passed, and the
+        row of those in the cache is `None`, or those of the new tokens alone.
+        """
         media = self._list_media(pixels, image_sizes, pruning)
         for kind, mask in masks.items():
             group = [medium for medium in media if medium.kind == kind]
             sizes = [num_placeholders(medium.grids, pruning, newlines=kind == "image") for medium in group]
-            rows = _rows_of_media(mask.sum(1).tolist(), sizes)
+            in_cache, new = mask[:, :cached].sum(1).tolist(), mask[:, cached:].sum(1).tolist()
+            rows = _rows_of_media(new, sizes)
+            if rows is None and cached:
+                rows = _rows_of_media([old + fresh for old, fresh in zip(in_cache, new)], sizes, in_cache)
             if rows is None:
                 raise ValueError(
-                    f"the prompt has {int(mask.sum())} {kind} placeholders (by row: {mask.sum(1).tolist()}), but its "
-                    f"{len(group)} {kind}s give {sum(sizes)} tokens (each: {sizes}) with keep_ratio="
-                    f"{pruning.keep_ratio}, method={pruning.method!r}, pooling={pruning.pooling!r}. Prepare the inputs "
-                    "with the processor of this repository, loaded with the same pruning parameters, and pass all that "
-                    "it returns; a ratio for one call goes to the processor as keep_ratio=."
+                    f"the prompt has {sum(new)} {kind} placeholders (by row: {new}), but its {len(group)} {kind}s give "
+                    f"{sum(sizes)} tokens (each: {sizes}) with keep_ratio={pruning.keep_ratio}, method={pruning.method!r}, "
+                    f"pooling={pruning.pooling!r}. Prepare the inputs with the processor of this repository, loaded with the "
+                    "same pruning parameters, and pass all that it returns; a ratio for one call goes to the processor as "
+                    "keep_ratio=. To continue a cache, pass the media of the new turn or of all turns."
                 )
             for medium, row in zip(group, rows):
                 medium.row = row
         return media
-
-    def _new_media(self, input_ids, new_ids, pixels, image_sizes, keep_ratio) -> dict:
-        """The pixels whose placeholders are among `new_ids`, the uncached end of `input_ids`."""
-        pruning = self._pruning_of_call(keep_ratio)
-        media = self._list_media(pixels, image_sizes, pruning)
-        token_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        chosen = {}
-        for kind, token_id in token_ids.items():
-            sizes = [num_placeholders(m.grids, pruning, newlines=kind == "image") for m in media if m.kind == kind]
-            new = (new_ids == token_id).sum(1).tolist()
-            if sum(new) == sum(sizes):  # only new media were passed, or there are none
-                chosen[kind] = list(range(len(sizes)))
-                continue
-            total = (input_ids == token_id).sum(1).tolist()
-            rows = _rows_of_media(total, sizes)
-            if rows is None:
-                raise ValueError(
-                    f"{sum(new)} of {sum(total)} {kind} placeholders are not in the cache yet, but the {len(sizes)} {kind}s "
-                    f"that were passed give {sum(sizes)} tokens; pass the media of the new turn, or of all turns."
-                )
-            seen, chosen[kind] = defaultdict(int), []
-            for index, (row, size) in enumerate(zip(rows, sizes)):
-                if seen[row] >= total[row] - new[row]:
-                    chosen[kind].append(index)
-                seen[row] += size
-        take = lambda tensor, kind: tensor[chosen[kind]] if tensor is not None and chosen[kind] else None  # noqa: E731
-        return {
-            "pixel_values": take(pixels["image"], "image"),
-            "pixel_values_videos": take(pixels["video"], "video"),
-            "image_sizes": take(image_sizes, "image"),
-        }
 
     # -- from pixels to kept tokens ----------------------------------------------------------------------------------
 
@@ -444,26 +455,14 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     # -- positions ---------------------------------------------------------------------------------------------------
 
-    def _continue_positions(self, position_ids, prompt, past_key_values):
-        """Positions of tokens that no medium was pruned from, after a cache whose text may have been moved."""
-        shift = getattr(past_key_values, "position_shift", None)
-        if shift is None:
-            return position_ids
-        tokens = prompt["inputs_embeds"] if prompt["input_ids"] is None else prompt["input_ids"]
-        return _default_positions(position_ids, tokens, past_key_values) + shift[:, None].to(tokens.device)
-
-    def _spread_positions(self, position_ids, media, masks, past_key_values) -> tuple:
-        """Positions (B, T) in the unpruned prompt, and how far (B,) the text after its end is moved."""
+    def _position_gaps(self, media, masks) -> torch.LongTensor:
+        """Positions of the unpruned prompt that are left out before each token and, last, after the end, (B, T + 1)."""
         gaps = 0
         for kind, mask in masks.items():
             group = [medium for medium in media if medium.kind == kind]
             lengths = [num_unpruned(medium.grids, newlines=kind == "image") for medium in group]
             gaps = gaps + position_gaps(mask, [medium.offsets() for medium in group], lengths)
-        earlier = getattr(past_key_values, "position_shift", None)
-        if earlier is not None:
-            gaps[:, 0] += earlier.to(gaps.device)
-        positions = _default_positions(position_ids, mask, past_key_values) + gaps.cumsum(1)[:, :-1]
-        return positions, gaps.sum(1)
+        return gaps
 
 
 def _check_pixels(pixels: dict) -> None:
@@ -473,18 +472,21 @@ def _check_pixels(pixels: dict) -> None:
             raise ValueError(f"the pixels of {kind} {bad} hold NaN or infinity; check the file and its preprocessing.")
 
 
-def _rows_of_media(placeholders: list, sizes: list) -> Optional[list]:
-    """The row that each medium is in, media filling the placeholders of each row in order; `None` if they do not fit."""
-    rows, row, left = [], 0, placeholders[0]
+def _rows_of_media(placeholders: list, sizes: list, in_cache: Optional[list] = None) -> Optional[list]:
+    """
+    The row that each medium is in, media filling the placeholders of each row in order; `None` if they do not fit.
+
+    The row of a medium that lies within the first `in_cache` placeholders of its row is `None`.
+    """
+    rows, row, filled = [], 0, 0
     for size in sizes:
-        while left == 0 and row + 1 < len(placeholders):
-            row += 1
-            left = placeholders[row]
-        if size > left:
+        while filled == placeholders[row] and row + 1 < len(placeholders):
+            row, filled = row + 1, 0
+        rows.append(None if in_cache and filled < in_cache[row] else row)
+        filled += size
+        if filled > placeholders[row]:
             return None
-        rows.append(row)
-        left -= size
-    return None if left or any(placeholders[row + 1 :]) else rows
+    return None if filled < placeholders[row] or any(placeholders[row + 1 :]) else rows
 
 
 def _question_mask(embeds, masks, attention_mask=None, labels=None, query_mask=None) -> torch.Tensor:
@@ -492,6 +494,8 @@ def _question_mask(embeds, masks, attention_mask=None, labels=None, query_mask=N
     num_tokens = embeds.shape[1]
     is_medium = masks["image"] | masks["video"]
     is_question = is_medium.flip(1).cumsum(1).flip(1) == 0
+    if isinstance(attention_mask, dict):  # one for each kind of attention layer
+        attention_mask = next(iter(attention_mask.values()))
     if attention_mask is not None:
         is_question &= _visible(attention_mask, num_tokens).to(is_question.device)
     if query_mask is not None:
@@ -503,8 +507,6 @@ def _question_mask(embeds, masks, attention_mask=None, labels=None, query_mask=N
 
 def _visible(attention_mask, num_tokens: int) -> torch.Tensor:
     """Which of the last `num_tokens` tokens are not padding, (B, num_tokens) bool, from a 2-D or an expanded 4-D mask."""
-    if isinstance(attention_mask, dict):
-        attention_mask = next(iter(attention_mask.values()))
     if attention_mask.dim() == 2:
         return attention_mask[:, -num_tokens:].bool()
     # The last token sees every token but padding. A static cache is longer than the prompt, which it starts with.
@@ -512,11 +514,20 @@ def _visible(attention_mask, num_tokens: int) -> torch.Tensor:
     return last_row if last_row.dtype == torch.bool else last_row == 0
 
 
+def _cached_tokens(past_key_values) -> int:
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+def _shift_of_cache(past_key_values) -> Optional[torch.LongTensor]:
+    """How far (B,) the text in a cache was moved by gaps; an emptied cache still has the mark of its former text."""
+    return getattr(past_key_values, "position_shift", None) if _cached_tokens(past_key_values) else None
+
+
 def _default_positions(position_ids, tokens, past_key_values) -> torch.LongTensor:
-    """`position_ids`, or those that the stock model would use, (1 or B, T)."""
+    """`position_ids`, or those that the stock model would use for `tokens` (B, T, ...), (1 or B, T)."""
     if position_ids is not None:
         return position_ids
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = _cached_tokens(past_key_values)
     return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
 
 

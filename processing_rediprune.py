@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 from transformers import BatchFeature, LlavaNextVideoProcessor
-from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.image_utils import is_pil_image, load_image, make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import ProcessingKwargs
 from transformers.video_utils import make_batched_metadata, make_batched_videos
 
@@ -114,14 +114,13 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         else:
             videos = None
         text = [text] if isinstance(text, str) else text
-        self._check_placeholders(text, images, videos)
 
         # A copy with its own pruning block, so that calls with different ratios cannot meet in shared state.
         caller = copy.copy(self)
         caller.pruning = self.pruning.with_keep_ratio(keep_ratio)
         outputs = caller._process(images, text, videos, kwargs)
         if keep_ratio is not None:
-            outputs["keep_ratio"] = keep_ratio
+            outputs["keep_ratio"] = float(keep_ratio)
         return outputs
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
@@ -147,11 +146,11 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             return super().__call__(images=images, text=text, videos=videos, **kwargs)
         # transformers 4.57 sizes all videos of a call by the first one and has no hook for the count of one medium, so
         # here are the steps of 5.x.
+        self.validate_inputs(images, text, videos)
         merged = self._merge_kwargs(ReDiPruneProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         image_inputs = {} if images is None else self.image_processor(images, **merged["images_kwargs"])
         video_inputs = {} if videos is None else self.video_processor(videos, **merged["videos_kwargs"])
-        if not merged["videos_kwargs"].get("return_metadata"):
-            video_inputs.pop("video_metadata", None)
+        metadata = video_inputs.pop("video_metadata", None)
         text_inputs = {}
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
         if text is not None:
@@ -169,7 +168,10 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             text = [re.sub(either_token, placeholders, sample) for sample in text]
             text_inputs = self.tokenizer(text, **merged["text_kwargs"])
             self._check_special_mm_tokens(text, text_inputs, modalities=["image", "video"])
-        return BatchFeature({**text_inputs, **image_inputs, **video_inputs}, tensor_type=return_tensors)
+        outputs = BatchFeature({**text_inputs, **image_inputs, **video_inputs}, tensor_type=return_tensors)
+        if merged["videos_kwargs"].get("return_metadata"):
+            outputs["video_metadata"] = metadata
+        return outputs
 
     def _sample_videos(self, videos, kwargs):
         """Decoded and sampled frames of every video, and the arguments that then remain for the stock processor."""
@@ -185,7 +187,7 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             options["num_frames"] = self.video_processor.num_frames
             options["fps"] = self.video_processor.fps if options["num_frames"] is None else None
 
-        videos = make_batched_videos(videos)
+        videos = make_batched_videos(_plain_lists(videos))
         metadata = make_batched_metadata(videos, options["video_metadata"])
 
         def choose(total, source_fps):
@@ -194,15 +196,15 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             return frame_indices(total, options["num_frames"], options["fps"], source_fps)
 
         for index, video in enumerate(videos):
-            if isinstance(video, (str, os.PathLike)):
-                videos[index], metadata[index] = read_video(os.fspath(video), choose)
+            if isinstance(video, str):
+                videos[index], metadata[index] = read_video(video, choose)
                 continue
-            if isinstance(video, (list, tuple)):  # paths of frames
-                video = np.stack([np.array(load_image(frame).convert("RGB")) for frame in video])
+            if isinstance(video, list):  # paths of frames
+                video = np.stack([np.array(load_image(frame)) for frame in video])
             if len(video) == 0:
                 raise ValueError(f"video {index} has no frames")
             kept = choose(len(video), metadata[index].fps)
-            videos[index] = video[kept]
+            videos[index] = to_numpy_array(video)[kept]  # 4.57 reads the channels of a tensor as the first dimension
             metadata[index].frames_indices = [int(frame) for frame in kept]
         lengths = [len(video) for video in videos]
         if len(set(lengths)) > 1:
@@ -210,14 +212,20 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
                 f"the videos of one call have {lengths} frames, but must all have the same number: sample them with "
                 "num_frames=, or process them in separate calls."
             )
-        return videos, {
-            **kwargs,
-            "videos_kwargs": {**videos_kwargs, "do_sample_frames": False, "video_metadata": metadata},
-        }
+        options = {"do_sample_frames": False, "video_metadata": metadata}
+        # 4.57 reads either `videos_kwargs` or the flat arguments, not both.
+        if "videos_kwargs" in kwargs:
+            options = {"videos_kwargs": {**videos_kwargs, **options}}
+        return videos, {**kwargs, **options}
 
-    def _check_placeholders(self, text, images, videos):
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Refuses a text that does not have one placeholder for each medium."""
+        if images is None and text is None and videos is None:
+            raise ValueError(f"{type(self).__name__} was given nothing; pass text, images or videos.")
         if text is None:
             return
+        if not (isinstance(text, (list, tuple)) and all(isinstance(sample, str) for sample in text)):
+            raise ValueError(f"text must be a string or a list of strings, but is {text!r}")
         media = (
             ("image", self.image_token, [] if images is None else make_flat_list_of_images(images)),
             ("video", self.video_token, [] if videos is None else videos),
@@ -234,3 +242,14 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
 def _is_empty(media) -> bool:
     """Whether nothing was passed: `None`, or lists of nothing."""
     return media is None or isinstance(media, (list, tuple)) and all(_is_empty(item) for item in media)
+
+
+def _plain_lists(videos):
+    """`videos` with paths as strings, PIL frames as RGB arrays, and lists in place of tuples and of batched arrays."""
+    if isinstance(videos, os.PathLike):
+        return os.fspath(videos)
+    if isinstance(videos, (list, tuple)):
+        return [_plain_lists(video) for video in videos]
+    if is_pil_image(videos):
+        return np.array(load_image(videos))
+    return list(videos) if getattr(videos, "ndim", 0) == 5 else videos

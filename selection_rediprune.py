@@ -11,7 +11,6 @@ from numbers import Integral, Real
 import torch
 import torch.nn.functional as F
 
-
 QUERY_WEIGHTINGS = ("exponential", "self_attention", "middle_peak", "average")
 CANDIDATE_POOLS = ("all", "algorithm1", "released")
 
@@ -19,13 +18,13 @@ CANDIDATE_POOLS = ("all", "algorithm1", "released")
 POOL_FACTOR = 3
 # Norms are floored here, so that a zero vector stays zero instead of turning into NaN.
 MIN_NORM = 1e-12
-# Scores this close are a tie. It is a little above the rounding error of an fp32 cosine; below it, which of two
-# near-duplicates wins would be decided by the order of summation: by batch size, number of threads and device.
+# Scores this close are a tie. It is a little above the rounding error of an fp32 cosine; below it, the order
+# of summation (batch size, number of threads, device) would decide which of two near-duplicates wins.
 TIE_TOLERANCE = 1e-6
 
 
 def count_kept(num_tokens: int, keep_ratio: float) -> int:
-    """Number of tokens that stay of `num_tokens`: max(1, round(keep_ratio * num_tokens)), halves to even (Sec. 3.4).
+    """How many of `num_tokens` stay: max(1, round(keep_ratio * num_tokens)), halves to even (Sec. 3.4).
 
     Raises ValueError if `num_tokens` is not an integer >= 1 or `keep_ratio` is not a number in (0, 1].
     """
@@ -42,10 +41,11 @@ def query_tail(
     placeholder_ids: Iterable[int],
     max_tokens: int = 128,
 ) -> torch.Tensor:
-    """The text a query is built from: the ids after the last placeholder (all ids if there is none), at most the
-    last `max_tokens` of them.
+    """The text a query is built from: the ids after the last placeholder (all ids if there is none), at most
+    the last `max_tokens` of them.
 
-    `input_ids` (T,) of one sample; `attention_mask` (T,) bool or 0/1 integers, positions that are 0 are removed first.
+    `input_ids` (T,) of one sample; `attention_mask` (T,) bool or 0/1 integers; positions that are 0 are
+    removed first.
     """
     if attention_mask is not None:
         # Without the cast, an integer mask would be read as positions 0 and 1 instead of as a mask.
@@ -62,8 +62,8 @@ def build_query(embeddings: torch.Tensor, weighting: str = "exponential") -> tor
 
     `embeddings` (J, H) of any floating dtype; returns (H,) in fp32, zeros if J = 0. The weightings:
 
-    - "exponential": c = A e with A = softmax(cosine(e, e)) by rows, w_j proportional to exp(3 j / (J - 1)), j from 0
-      (the authors' code);
+    - "exponential": c = A e with A = softmax(cosine(e, e)) by rows, w_j proportional to exp(3 j / (J - 1))
+      with j from 0 (the authors' code);
     - "self_attention": c = A e, uniform w;
     - "middle_peak": c = e, w_j a Gaussian around the middle of the text with standard deviation J / 4;
     - "average": c = e, uniform w.
@@ -94,8 +94,8 @@ def build_query(embeddings: torch.Tensor, weighting: str = "exponential") -> tor
 
 
 def align_query(query: torch.Tensor, dim: int) -> torch.Tensor:
-    """Bring `query` (N, D) to (N, dim) in fp32: averages of consecutive entries if D > dim (blocks of D / dim, or
-    adaptive average pooling where that is no integer), tiled end to end and cut if D < dim. Not a learned map.
+    """Bring `query` (N, D) to (N, dim) in fp32, without learning: if D > dim, averages of consecutive entries
+    (blocks of D / dim, or adaptive average pooling where that is no integer); if D < dim, tiled and cut.
     """
     query = query.float()
     if query.shape[1] > dim:
@@ -116,37 +116,39 @@ def select_rediprune(
 ) -> torch.Tensor:
     """Greedy selection of relevant and mutually different tokens in every set (Sec. 3.3-3.4, Algorithm 1).
 
-    With cosine relevance s_i = <x_i, q> (Eq. 3) and distance D_ij = 1 - <x_i, x_j> (Eq. 4), the most relevant token
-    comes first, then always the one with the largest min_{u kept} D_ui + alpha s_i (Eq. 6). Scores within
-    `TIE_TOLERANCE` of the best are a tie, which the lowest index wins.
+    With cosine relevance s_i = <x_i, q> (Eq. 3) and distance D_ij = 1 - <x_i, x_j> (Eq. 4), the most relevant
+    token comes first, then always the one with the largest min_{u kept} D_ui + alpha s_i (Eq. 6). Scores
+    within `TIE_TOLERANCE` of the best are a tie, which the lowest index wins.
 
     Args:
         features: (N, L, C), any floating dtype, not normalized.
-        query: (N, C), one per set (see `align_query`), or None for no relevance term at all: the token whose nearest
-            neighbour is farthest comes first, then always the one with the largest min_{u kept} D_ui (DivPrune's
-            rule). A query of zeros makes every relevance 0, so that token 0 comes first.
+        query: (N, C), one per set (see `align_query`), or None for no relevance term at all: the token whose
+            nearest neighbour is farthest comes first, then always the one with the largest min_{u kept} D_ui
+            (DivPrune's rule). A query of zeros makes every relevance 0, so that token 0 comes first.
         num_kept: k >= 1; k >= L keeps all tokens, unread.
         alpha: weight of the relevance.
         threshold: tau, the least relevance of a candidate; no limit if <= 0.
         candidate_pool: which tokens can be picked.
             "all": every token; there is no threshold.
-            "algorithm1": the paper's Algorithm 1. Before each pick, with r picks to go, the pool is made anew of the
-            tokens not yet kept: those with s_i >= tau (all of them if fewer than r reach it), of these the 3 r most
-            relevant, at most `max_candidates` but at least r.
+            "algorithm1": the paper's Algorithm 1. Before each pick, with r picks to go, the pool is made anew
+            of the tokens not yet kept: those with s_i >= tau (all of them if fewer than r reach it), of these
+            the 3 r most relevant, at most `max_candidates` but at least r.
             "released": the authors' code. One pool for all picks: every token if tau <= 0; else the 3 k most
-            relevant if k < L // 2, whatever the value of tau; else those with s_i >= tau, or the k most relevant if
-            fewer than k reach it.
+            relevant if k < L // 2, whatever the value of tau; else those with s_i >= tau, or the k most
+            relevant if fewer than k reach it.
         max_candidates: M of Algorithm 1, None for no cap.
 
     Returns:
         LongTensor (N, k), ascending in each set.
 
     Raises:
-        ValueError: an argument is out of range, or sets hold NaN, infinite or (norm above 1e19) too large values;
-            the message names the sets.
+        ValueError: an argument is out of range, or sets hold NaN, infinite or (norm above 1e19) too large
+            values; the message names the sets.
 
-    Cosines are computed in fp32 whatever the dtype and autocast (on CUDA in TF32, with errors around 1e-3, if the
-    caller has allowed TF32 matrix products).
+    Cosines are computed in fp32 whatever the dtype and autocast (on CUDA in TF32, with errors around 1e-3, if
+    the caller has allowed TF32 matrix products). On a CPU with C a multiple of 4, a set is selected from
+    bit-identical scores alone and in any batch; on a GPU the matrix product may sum in another order for
+    another batch size, and the tie rule is what keeps that from deciding between near-duplicates.
     """
     if features.ndim != 3:
         raise ValueError(f"features must have shape (N, L, C), got {tuple(features.shape)}")
@@ -161,11 +163,17 @@ def select_rediprune(
     if candidate_pool not in CANDIDATE_POOLS:
         raise ValueError(f"candidate_pool must be one of {CANDIDATE_POOLS}, got {candidate_pool!r}")
     if candidate_pool == "all" and threshold > 0:
-        raise ValueError(f"threshold {threshold!r} needs candidate_pool 'algorithm1' or 'released', got 'all'")
+        raise ValueError(
+            f"threshold {threshold!r} needs candidate_pool 'algorithm1' or 'released', got 'all'"
+        )
     if candidate_pool != "all" and query is None:
-        raise ValueError(f"candidate_pool {candidate_pool!r} ranks tokens by relevance and needs a query, got None")
+        raise ValueError(
+            f"candidate_pool {candidate_pool!r} ranks tokens by relevance and needs a query, got None"
+        )
     if max_candidates is not None and (candidate_pool != "algorithm1" or max_candidates < 1):
-        raise ValueError(f"max_candidates must be >= 1 with candidate_pool 'algorithm1', got {max_candidates!r}")
+        raise ValueError(
+            f"max_candidates must be >= 1 with candidate_pool 'algorithm1', got {max_candidates!r}"
+        )
     if num_kept >= num_tokens:
         return torch.arange(num_tokens, device=features.device).repeat(num_sets, 1)
 
@@ -181,9 +189,9 @@ def select_rediprune(
             relevance = torch.zeros_like(squared_norm)
         else:
             query = query.float()
-            invalid |= ~query.isfinite().all(1)
+            invalid |= ~torch.linalg.vector_norm(query, dim=-1).isfinite()
             unit_query = F.normalize(query, dim=-1, eps=MIN_NORM)
-            # The query is the left factor: so a set has the same sums alone and in a batch (CPU).
+            # As the left factor, unlike as the right one, the query gives a set the same sums in any batch.
             relevance = torch.bmm(unit_query[:, None], features.mT)[:, 0] * inverse_norm
         weighted_relevance = alpha * relevance
         if candidate_pool == "released" and threshold > 0:
@@ -229,15 +237,13 @@ def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
 def select_random(num_tokens: int, num_kept: int, seeds: Sequence[int]) -> torch.Tensor:
     """Control: k of L tokens at random without replacement for each of the N `seeds`.
 
-    Returns LongTensor (N, k) on the CPU, ascending. A set's choice depends on its seed alone, not on the others nor
-    on the device the model runs on. Raises ValueError if L or k is < 1; k >= L keeps all.
+    Returns LongTensor (N, k) on the CPU, ascending. A set's choice depends on its seed alone, not on the
+    other sets nor on the model's device. Raises ValueError if L or k is < 1; k >= L keeps all.
     """
     _check_counts(num_tokens, num_kept)
-    picks = [
-        torch.randperm(num_tokens, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:num_kept]
-        for seed in seeds
-    ]
-    return torch.stack(picks).sort(dim=1).values
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    orders = [torch.randperm(num_tokens, generator=generator, device="cpu") for generator in generators]
+    return torch.stack(orders)[:, :num_kept].sort(dim=1).values
 
 
 def select_uniform(num_tokens: int, num_kept: int) -> torch.Tensor:
@@ -301,8 +307,8 @@ def _algorithm1_pool(
 ) -> torch.Tensor:
     """(N, L) bool: the candidates of lines 14-19 (and 6-11) of Algorithm 1 with `num_left` picks to go.
 
-    Each of these pools is the first so many of the remaining tokens in `order` of relevance; what differs is how
-    many. The pool may hold tokens that are no longer remaining.
+    Each of these pools is the first so many of the remaining tokens in `order` of relevance; what differs is
+    how many. The pool may hold tokens that are no longer remaining.
     """
     num_tokens = remaining.shape[1]
     cap = num_tokens if max_candidates is None else max(num_left, max_candidates)

@@ -59,7 +59,7 @@ def read_video(path: str, choose: Callable[[int, Optional[float]], np.ndarray]) 
     try:
         with av.open(path) as container:
             if not container.streams.video:
-                raise ValueError(f"{path!r} has no video stream")
+                raise ValueError(f"{path!r} cannot be decoded as a video: it has no video stream")
             stream = container.streams.video[0]
             fps = float(stream.average_rate) if stream.average_rate else None
             total = stream.frames or sum(1 for _ in container.decode(stream))

@@ -25,6 +25,10 @@ from tiny import make_inputs, tiny_config, tiny_model, tiny_processor  # noqa: E
 __all__ = ["make_inputs"]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gradients: the test runs with gradients enabled")
+
+
 @pytest.fixture(scope="session")
 def processor():
     return tiny_processor()

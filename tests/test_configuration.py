@@ -1,0 +1,299 @@
+"""The `pruning` block of `config.json`: how it is set, what it refuses, and that it comes back from a file unchanged."""
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
+from transformers import LlavaNextVideoConfig
+
+from tiny import tiny_config
+
+DEFAULTS = {
+    "method": "rediprune",
+    "keep_ratio": 0.15,
+    "alpha": 0.5,
+    "threshold": 0.0,
+    "candidate_pool": "all",
+    "max_candidates": None,
+    "query_weighting": "exponential",
+    "query_max_tokens": 128,
+    "pooling": "before",
+    "positions": "compact",
+    "seed": 0,
+}
+# For each key the values that it refuses, and what its message must say is allowed.
+REFUSED = [
+    ("method", "divprun", "'rediprune', 'random', 'uniform', 'none'"),
+    ("method", ["rediprune"], "'rediprune', 'random', 'uniform', 'none'"),
+    ("keep_ratio", 0, r"a number in (0, 1]"),
+    ("keep_ratio", -0.1, r"a number in (0, 1]"),
+    ("keep_ratio", 1.01, r"a number in (0, 1]"),
+    ("keep_ratio", math.nan, r"a number in (0, 1]"),
+    ("keep_ratio", math.inf, r"a number in (0, 1]"),
+    ("keep_ratio", "0.15", r"a number in (0, 1]"),
+    ("keep_ratio", True, r"a number in (0, 1]"),
+    ("keep_ratio", None, r"a number in (0, 1]"),
+    ("alpha", math.nan, "a finite number"),
+    ("alpha", "0.5", "a finite number"),
+    ("threshold", 1.5, "a cosine in [-1, 1]"),
+    ("threshold", math.nan, "a cosine in [-1, 1]"),
+    ("candidate_pool", "some", "'all', 'algorithm1', 'released'"),
+    ("max_candidates", 0, "a positive integer or None"),
+    ("max_candidates", 2.0, "a positive integer or None"),
+    ("query_weighting", "linear", "'exponential', 'self_attention', 'middle_peak', 'average', 'none'"),
+    ("query_max_tokens", 0, "a positive integer"),
+    ("query_max_tokens", True, "a positive integer"),
+    ("pooling", "after", "'before', 'skip'"),
+    ("positions", "absolute", "'compact', 'original'"),
+    ("seed", -1, "a non-negative integer"),
+    ("seed", 0.5, "a non-negative integer"),
+]
+OTHER_THAN_DEFAULT = {
+    "method": "random",
+    "keep_ratio": 0.3,
+    "alpha": 1.25,
+    "threshold": 0.25,
+    "candidate_pool": "algorithm1",
+    "max_candidates": 12,
+    "query_weighting": "average",
+    "query_max_tokens": 7,
+    "pooling": "skip",
+    "positions": "original",
+    "seed": 3,
+}
+
+
+def saved(config, folder):
+    config.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_defaults():
+    assert ReDiPruneConfig().pruning.to_dict() == DEFAULTS
+    assert ReDiPruneConfig(pruning=None).pruning.to_dict() == DEFAULTS
+    assert ReDiPruneConfig(pruning={}).pruning.to_dict() == DEFAULTS
+
+
+def test_the_table_of_refused_values_knows_every_key():
+    assert {key for key, *_ in REFUSED} == set(DEFAULTS) == set(OTHER_THAN_DEFAULT)
+    assert all(OTHER_THAN_DEFAULT[key] != DEFAULTS[key] for key in DEFAULTS)
+
+
+def test_a_block_is_merged_over_the_defaults():
+    config = ReDiPruneConfig(pruning={"keep_ratio": 0.4, "method": "uniform"})
+    assert config.pruning.to_dict() == {**DEFAULTS, "keep_ratio": 0.4, "method": "uniform"}
+
+
+def test_set_by_attribute(config):
+    config.pruning.keep_ratio = 0.3
+    assert config.to_dict()["pruning"]["keep_ratio"] == 0.3
+    with pytest.raises(ValueError, match="'keep_ratio' is 3"):
+        config.pruning.keep_ratio = 3
+    assert config.pruning.keep_ratio == 0.3  # a refused value changes nothing
+
+
+def test_set_by_assignment(config):
+    config.pruning = {"keep_ratio": 0.5}
+    assert config.pruning == PruningConfig(keep_ratio=0.5)
+    block = PruningConfig(alpha=2)
+    config.pruning = block
+    block.alpha = 3
+    assert config.pruning.alpha == 2  # a block is copied: two models never share one
+    config.pruning = None
+    assert config.pruning.to_dict() == DEFAULTS
+
+
+def test_configs_do_not_share_their_block():
+    first, second = ReDiPruneConfig(), ReDiPruneConfig()
+    first.pruning.keep_ratio = 0.9
+    assert second.pruning.keep_ratio == DEFAULTS["keep_ratio"]
+    copied = copy.deepcopy(first)
+    copied.pruning.keep_ratio = 0.8
+    assert first.pruning.keep_ratio == 0.9
+
+
+@pytest.mark.parametrize("key, value, expected", REFUSED)
+def test_a_bad_value_names_key_value_and_allowed_range(key, value, expected, config):
+    for set_it in (
+        lambda: PruningConfig(**{key: value}),
+        lambda: ReDiPruneConfig(pruning={key: value}),
+        lambda: setattr(config.pruning, key, value),
+    ):
+        with pytest.raises(ValueError) as error:
+            set_it()
+        assert f"pruning key {key!r} is {value!r}" in str(error.value)
+        assert expected in str(error.value)
+
+
+def test_an_unknown_key_names_itself_and_the_allowed_ones(config):
+    for set_it in (
+        lambda: ReDiPruneConfig(pruning={"keepratio": 0.2}),
+        lambda: PruningConfig.from_value({"keepratio": 0.2}),
+        lambda: setattr(config.pruning, "keepratio", 0.2),
+    ):
+        with pytest.raises(ValueError, match="unknown pruning key 'keepratio'; allowed keys: method, keep_ratio, .*seed"):
+            set_it()
+
+
+@pytest.mark.parametrize("block", [0.15, "rediprune", ["keep_ratio", 0.15], True])
+def test_a_block_of_the_wrong_type(block, tmp_path):
+    message = r"pruning is .*, but must be a dictionary with keys among method, keep_ratio"
+    with pytest.raises(ValueError, match=message):
+        ReDiPruneConfig(pruning=block)
+    ReDiPruneConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ReDiPruneConfig.from_pretrained(tmp_path, pruning=block)
+
+
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        ({"threshold": 0.2}, "threshold=0.2.*candidate_pool to 'algorithm1' or 'released'"),
+        ({"max_candidates": 4}, "max_candidates=4.*candidate_pool='all'.*candidate_pool to 'algorithm1'"),
+        ({"candidate_pool": "released", "max_candidates": 4}, "max_candidates=4.*candidate_pool='released'.*candidate_pool to 'algorithm1'"),
+        ({"candidate_pool": "algorithm1", "query_weighting": "none"}, "candidate_pool='algorithm1'.*query_weighting"),
+    ],
+)
+def test_values_that_exclude_each_other(block, message):
+    with pytest.raises(ValueError, match=message):
+        ReDiPruneConfig(pruning=block)
+    by_attribute = PruningConfig()
+    with pytest.raises(ValueError, match=message):
+        for key, value in block.items():
+            setattr(by_attribute, key, value)
+
+
+def test_files_merge_over_defaults_and_arguments_over_files(tmp_path):
+    ReDiPruneConfig(pruning={"keep_ratio": 0.4, "seed": 5}).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    content["pruning"] = {"keep_ratio": 0.4, "seed": 5}  # a block written by hand holds what it changes
+    file.write_text(json.dumps(content))
+    assert ReDiPruneConfig.from_pretrained(tmp_path).pruning.to_dict() == {**DEFAULTS, "keep_ratio": 0.4, "seed": 5}
+    merged = ReDiPruneConfig.from_pretrained(tmp_path, pruning={"keep_ratio": 0.6})
+    assert merged.pruning.to_dict() == {**DEFAULTS, "keep_ratio": 0.6, "seed": 5}
+    assert ReDiPruneConfig.from_pretrained(tmp_path, pruning=None).pruning.keep_ratio == 0.4
+    whole = ReDiPruneConfig.from_pretrained(tmp_path, pruning=PruningConfig(alpha=1))
+    assert whole.pruning == PruningConfig(alpha=1)
+    with pytest.raises(ValueError, match="unknown pruning key 'keep'"):
+        ReDiPruneConfig.from_pretrained(tmp_path, pruning={"keep": 0.6})
+    assert json.loads(file.read_text()) == content
+
+
+def test_a_bad_block_in_a_file(tmp_path):
+    ReDiPruneConfig().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    for block, message in (
+        ({"keep_ratio": 15}, "'keep_ratio' is 15"),
+        ({"ratio": 0.5}, "unknown pruning key 'ratio'"),
+        (0.15, "pruning is 0.15, but must be a dictionary"),
+    ):
+        file.write_text(json.dumps({**content, "pruning": block}))
+        with pytest.raises(ValueError, match=message):
+            ReDiPruneConfig.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            ReDiPruneConfig.from_pretrained(tmp_path, pruning={"seed": 1})
+
+
+def test_a_folder_without_a_config_file(tmp_path):
+    with pytest.raises(OSError, match=f"no config.json in '{tmp_path}'"):
+        ReDiPruneConfig.from_pretrained(tmp_path)
+
+
+def test_a_stock_config_file_gets_the_defaults(tmp_path):
+    tiny_config(LlavaNextVideoConfig).save_pretrained(tmp_path)
+    config = ReDiPruneConfig.from_pretrained(tmp_path)
+    assert config.pruning.to_dict() == DEFAULTS
+    assert config.model_type == "rediprune_llava_next_video"
+    assert config.vision_config.hidden_size == tiny_config().vision_config.hidden_size
+
+
+def test_saving_and_loading_keeps_every_value(tmp_path):
+    config = tiny_config(pruning=OTHER_THAN_DEFAULT)
+    assert saved(config, tmp_path)["pruning"] == OTHER_THAN_DEFAULT
+    loaded = ReDiPruneConfig.from_pretrained(tmp_path)
+    assert loaded.pruning.to_dict() == OTHER_THAN_DEFAULT
+    assert saved(loaded, tmp_path / "again") == saved(config, tmp_path)
+
+
+def test_every_written_form_holds_the_block():
+    config = tiny_config(pruning=OTHER_THAN_DEFAULT)
+    for form in (config.to_dict(), config.to_diff_dict(), json.loads(config.to_json_string()), config.__dict__):
+        block = form["pruning"]
+        assert (block if isinstance(block, dict) else block.to_dict()) == OTHER_THAN_DEFAULT
+    assert json.loads(config.to_json_string(use_diff=False))["pruning"] == OTHER_THAN_DEFAULT
+    for copied in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied.pruning.to_dict() == OTHER_THAN_DEFAULT
+    assert ReDiPruneConfig.from_dict(config.to_dict()).pruning.to_dict() == OTHER_THAN_DEFAULT
+    assert ReDiPruneConfig(**config.to_dict()).pruning.to_dict() == OTHER_THAN_DEFAULT
+    assert "OTHER" not in repr(config) and '"keep_ratio": 0.3' in repr(config)
+
+
+def test_the_block_is_written_in_full_although_it_is_the_default(tmp_path):
+    assert saved(ReDiPruneConfig(), tmp_path)["pruning"] == DEFAULTS
+
+
+def test_no_pruning_key_outside_the_block(tmp_path):
+    content = saved(tiny_config(pruning=OTHER_THAN_DEFAULT), tmp_path)
+    assert not set(DEFAULTS) & set(content)
+    stock = saved(tiny_config(LlavaNextVideoConfig), tmp_path / "stock")
+    assert set(content) - set(stock) <= {"pruning", "auto_map"}
+
+
+def test_equality_sees_the_block():
+    assert tiny_config().to_dict() == tiny_config().to_dict()
+    assert tiny_config().to_dict() != tiny_config(pruning={"seed": 1}).to_dict()
+
+
+BLOCKS = st.fixed_dictionaries(
+    {},
+    optional={
+        "method": st.sampled_from(["rediprune", "random", "uniform", "none"]),
+        "keep_ratio": st.floats(0, 1, exclude_min=True) | st.just(1),
+        "alpha": st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5),
+        "query_weighting": st.sampled_from(["exponential", "self_attention", "middle_peak", "average", "none"]),
+        "query_max_tokens": st.integers(1, 10**6),
+        "pooling": st.sampled_from(["before", "skip"]),
+        "positions": st.sampled_from(["compact", "original"]),
+        "seed": st.integers(0, 2**63),
+    },
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(BLOCKS)
+def test_any_valid_block_survives_json(block):
+    config = PruningConfig.from_value(block)
+    assert PruningConfig.from_value(json.loads(json.dumps(config.to_dict()))) == config
+    assert {key: config.to_dict()[key] for key in block} == block
+
+
+@settings(max_examples=100, deadline=None)
+@given(num_tokens=st.integers(0, 5000), block=BLOCKS)
+def test_counts_stay_in_range(num_tokens, block):
+    config = PruningConfig.from_value(block)
+    count = config.count(num_tokens)
+    assert min(1, num_tokens) <= count <= num_tokens
+    if not config.prunes:
+        assert count == num_tokens
+
+
+def test_counts_of_the_published_shapes():
+    assert [PruningConfig().count(n) for n in (144, 576, 256)] == [22, 86, 38]
+    assert PruningConfig(keep_ratio=1).count(144) == 144
+    assert PruningConfig(method="none", keep_ratio=0.1).count(144) == 144
+
+
+def test_a_ratio_for_one_call_is_a_copy_and_is_checked():
+    block = PruningConfig(keep_ratio=0.2, seed=4)
+    other = block.with_keep_ratio(0.7)
+    assert (block.keep_ratio, other.keep_ratio, other.seed) == (0.2, 0.7, 4)
+    assert block.with_keep_ratio(None) is block
+    with pytest.raises(ValueError, match="'keep_ratio' is 0"):
+        block.with_keep_ratio(0)
