@@ -4,7 +4,10 @@ from .method_cdpruner_rediprune import CDPruner
 from .method_controls_rediprune import NoPruning, Random, Uniform
 from .method_coverage_rediprune import MMTok, Scope
 from .method_divprune_rediprune import DivPrune
+from .method_prumerge_rediprune import PruMerge, PruMergePlus
 from .method_rediprune import ReDiPrune
+from .method_trim_rediprune import Trim
+from .method_visionzip_rediprune import VisionZip
 
 METHODS = {
     "rediprune": ReDiPrune(),
@@ -13,6 +16,10 @@ METHODS = {
     "cdpruner": CDPruner(),
     "scope": Scope(),
     "mmtok": MMTok(),
+    "visionzip": VisionZip(),
+    "prumerge": PruMerge(),
+    "prumerge_plus": PruMergePlus(),
+    "trim": Trim(),
     "random": Random(),
     "uniform": Uniform(),
     "none": NoPruning(),

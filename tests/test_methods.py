@@ -132,6 +132,81 @@ def test_mmtok_covers_the_words():
         assert kept.tolist() == [[token]]
 
 
+def test_visionzip():
+    method, generator = METHODS["visionzip"], torch.Generator().manual_seed(0)
+    features, keys = torch.randn(1, 12, 4, generator=generator), torch.zeros(1, 12, 2)
+    keys[0, ::2, 0] = keys[0, 1::2, 1] = 1
+    attention = torch.tensor([[0, 0, 0, 0.5, 0, 0, 0, 0, 0.3, 0.1, 0, 0]])
+    tokens = VisualTokens(features, cls_attention=attention, keys=keys)
+    merged, kept = method.reduce(tokens, 7, PruningConfig())
+    # One contextual token: round(7 * 10 / 64); six dominant ones, ties by index. The rest is 4, 5, 6, 7, 10, 11, centre 4.
+    assert kept.tolist() == [[0, 1, 2, 3, 4, 8, 9]]
+    x = features[0]
+    torch.testing.assert_close(merged[0, 4], x[4] + x[[5, 6, 7, 10, 11]].mean(0))
+    assert torch.equal(merged[0, [0, 1, 2, 3, 5, 6]], x[[0, 1, 2, 3, 8, 9]])
+
+
+@pytest.mark.parametrize("num_kept, contextual", [(64, 10), (128, 20), (192, 30), (22, 3), (3, 0)])
+def test_visionzip_shares(num_kept, contextual):
+    from rediprune.method_visionzip_rediprune import CONTEXTUAL_SHARE
+
+    assert round(num_kept * CONTEXTUAL_SHARE) == contextual
+
+
+def test_contextual_centres():
+    from rediprune.method_visionzip_rediprune import around_centres
+
+    keys = torch.eye(3)[[0, 1, 2, 2, 1, 0, 1]][None]
+    centres, members = around_centres(keys, 3)  # every second one: 0, 2, 4
+    assert centres.tolist() == [0, 2, 4]
+    assert members[0].tolist() == [[0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 1]]
+
+
+def test_prumerge():
+    attention = torch.tensor([[0.05, 0.05, 0.06, 0.05, 0.05, 0.30, 0.05, 0.39]])
+    features = torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0))
+    tokens = VisualTokens(features, last_cls_attention=attention, last_keys=features)
+    merged, kept = METHODS["prumerge"].reduce(tokens, 3, PruningConfig())
+    assert kept.tolist() == [[5, 6, 7]]  # two by attention, and the sum of the rest at the last dropped place
+    x, a = features[0], attention[0][:, None]
+    whole = (a * x).sum(0)  # eight tokens: all others are among the 32 nearest
+    torch.testing.assert_close(merged[0, 0], x[5] + whole - a[5] * x[5])
+    torch.testing.assert_close(merged[0, 1], whole - a[5] * x[5] - a[7] * x[7])
+    torch.testing.assert_close(merged[0, 2], x[7] + whole - a[7] * x[7])
+
+
+def test_nearest_others():
+    from rediprune.method_prumerge_rediprune import nearest_others
+
+    angles = torch.deg2rad(torch.tensor([0.0, 10, 25, 90, 100]))
+    keys = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+    near = nearest_others(keys, torch.tensor([[1, 4]]), neighbours=2)
+    assert near[0].tolist() == [[1, 0, 1, 0, 0], [0, 0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("num_tokens, keep_ratio, count, plus", [(576, 0.1, 58, 231), (144, 0.1, 14, 58),
+                                                                (576, 0.25, 144, 576), (576, 0.05, 29, 120)])
+def test_prumerge_counts(num_tokens, keep_ratio, count, plus):
+    of = lambda name: PruningConfig(method=name, keep_ratio=keep_ratio).count(num_tokens)  # noqa: E731
+    assert (of("prumerge"), of("prumerge_plus")) == (count, plus)
+
+
+def test_prumerge_plus_keeps_its_grid():
+    tokens = make_tokens(num_tokens=144)
+    pruning = PruningConfig(method="prumerge_plus", keep_ratio=0.1)
+    kept = METHODS["prumerge_plus"].reduce(tokens, pruning.count(144), pruning)[1]
+    assert all(set(range(0, 143, 3)) < set(row) for row in kept.tolist())
+
+
+def test_trim():
+    features = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    tokens = VisualTokens(features, relevance=torch.tensor([[0.1, 0.9, 0.2, 0.3, 0.8, 0.0]]))
+    merged, kept = METHODS["trim"].reduce(tokens, 3, PruningConfig())
+    assert kept.tolist() == [[1, 4, 5]]
+    assert torch.equal(merged[0, :2], features[0, [1, 4]])
+    torch.testing.assert_close(merged[0, 2], features[0, [0, 2, 3, 5]].mean(0))
+
+
 def test_top_tokens():
     scores = torch.tensor([[0.2, 0.9, 0.2, 0.9 + 1e-8, 0.1]])
     assert [top_tokens(scores, k).tolist()[0] for k in (1, 2, 3)] == [[1], [1, 3], [0, 1, 3]]
