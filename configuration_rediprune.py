@@ -50,6 +50,8 @@ class PruningConfig:
         query_weighting (`str`, defaults to `"exponential"`): how text embeddings become one query vector (paper,
             Table 4); `"none"` drops the text, so that diversity alone decides.
         query_max_tokens (`int`, defaults to 128): at most so many tokens of the text after the last placeholder.
+        encoder_keep_ratio (`float`, defaults to 0.5): share of the patches that the vision encoder leaves, in (0, 1]. Used by
+            `"evoprune_rediprune"`, which then selects among them.
         pooling (`str`, defaults to `"before"`): `"before"` = the checkpoint's own 2x2 video pooling, then prune;
             `"skip"` = prune the unpooled tokens of each frame and do not pool.
         positions (`str`, defaults to `"compact"`): `"compact"` = the pruned prompt is numbered 0..n-1, as in the
@@ -73,6 +75,7 @@ class PruningConfig:
     )
     query_weighting: str = _choice("exponential", QUERY_WEIGHTINGS + ("none",))
     query_max_tokens: int = _setting(128, lambda value: _is_integer(value) and value > 0, "a positive integer")
+    encoder_keep_ratio: float = _setting(0.5, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
     pooling: str = _choice("before", ("before", "skip"))
     positions: str = _choice("compact", ("compact", "original"))
     seed: int = _setting(0, lambda value: _is_integer(value) and value >= 0, "a non-negative integer")

@@ -83,3 +83,13 @@ def num_placeholders(grids, pruning, newlines: bool) -> int:
     if not pruning.prunes:
         return num_unpruned(grids, newlines)
     return sum(number * pruning.count(size) for number, size in token_sets(grids, pruning.joint))
+
+
+def split_budget(total: int, sizes: list) -> list:
+    """`total` <= sum(sizes) divided in proportion to the sizes: rounded down, what is left to the largest remainders."""
+    whole = max(1, sum(sizes))
+    parts = [total * size // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: (-(total * sizes[index] % whole), index))
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts

@@ -65,5 +65,5 @@ def others(kept: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 def in_raster_order(features: torch.Tensor, anchors: torch.Tensor) -> tuple:
     """Features (N, k, C) and the indices (N, k) whose places they take, both by ascending index."""
-    anchors, order = anchors.sort(dim=1)
+    anchors, order = anchors.sort(dim=1, stable=True)
     return gather_tokens(features, order), anchors

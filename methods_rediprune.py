@@ -4,6 +4,7 @@ from .method_cdpruner_rediprune import CDPruner
 from .method_controls_rediprune import NoPruning, Random, Uniform
 from .method_coverage_rediprune import MMTok, Scope
 from .method_divprune_rediprune import DivPrune
+from .method_evoprune_rediprune import EvoPrune, EvoPruneReDiPrune
 from .method_prumerge_rediprune import PruMerge, PruMergePlus
 from .method_rediprune import ReDiPrune
 from .method_trim_rediprune import Trim
@@ -16,6 +17,8 @@ METHODS = {
     "cdpruner": CDPruner(),
     "scope": Scope(),
     "mmtok": MMTok(),
+    "evoprune": EvoPrune(),
+    "evoprune_rediprune": EvoPruneReDiPrune(),
     "visionzip": VisionZip(),
     "prumerge": PruMerge(),
     "prumerge_plus": PruMergePlus(),

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from transformers import LlavaNextVideoForConditionalGeneration
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoCausalLMOutputWithPast
 
-from .clip_rediprune import read_attention
+from .clip_rediprune import encode_and_merge, read_attention
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
-from .geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, num_unpruned, token_sets, video_grids
+from .geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, num_unpruned, split_budget, token_sets, video_grids
 from .method_base_rediprune import VisualTokens
+from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS
-from .positions_rediprune import image_offsets, position_gaps, video_offsets
+from .positions_rediprune import image_offsets, pooled_places, position_gaps, video_offsets
 from .relevance_rediprune import attention_relevance, attention_rows, cosine_relevance, stack_rows, word_rows
 from .selection_rediprune import align_query, build_query
 
@@ -43,7 +44,7 @@ class ReDiPruneCausalLMOutputWithPast(LlavaNextVideoCausalLMOutputWithPast):
         video_kept_indices: for each video one LongTensor (frames, k).
 
     Indices count in raster order within the grid of their set; of a merged token, it is the index of the token whose place
-    it takes. A method that takes all tokens of a medium jointly has a single LongTensor (1, k) for each image and video,
+    it takes. Those of tokens merged inside the vision tower may repeat where pooling makes the grid coarser. A method that takes all tokens of a medium jointly has a single LongTensor (1, k) for each image and video,
     whose indices count through all frames, or through base view and tiles. `None` where the stock forward ran, which keeps
     all.
     """
@@ -61,8 +62,8 @@ class Medium:
         kind: `"image"` or `"video"`.
         grids: its sets of tokens, a list of `TokenGrid`.
         row: the sample that it belongs to.
-        sets: what the vision tower gives, by name: for each grid `"features"` (frames, L, C) and what else the method needs;
-            or, for a method that takes all tokens jointly, a single set of one (1, L, C).
+        sets: what the vision tower gives, by name: for each grid `"features"` (frames, L, C) and what else the method needs,
+            and where tokens were merged in the tower `"anchors"` (frames, L), their indices in the grid; or, for a method that takes all tokens jointly, a single set of one (1, L, C).
         kept: for each of them (frames, k) indices of the tokens that stay, ascending.
         tokens: for each of them (frames, k, C) features of the tokens that stay.
     """
@@ -387,6 +388,13 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         """Fills in the sets of every medium."""
         images = [medium for medium in media if medium.kind == "image"]
         videos = [medium for medium in media if medium.kind == "video"]
+        if pruning.prunes and METHODS[pruning.method].merges_in_encoder:
+            num_layers = self._layers_to_tap(tower.get("vision_feature_layer"))
+            if images:
+                self._merge_images(images, pixels["image"], image_sizes, pruning, num_layers)
+            if videos:
+                self._merge_videos(videos, pixels["video"], pruning, num_layers)
+            return
         tower["needs"] = METHODS[pruning.method].needs if pruning.prunes else frozenset()
         if images:
             self._encode_images(images, pixels["image"], image_sizes, **tower)
@@ -411,20 +419,86 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         return F.avg_pool2d(grid, self.config.spatial_pool_stride).flatten(2).mT
 
     def _encode_images(self, images, pixel_values, image_sizes, **tower) -> None:
+        crops, views = self._views_of_images(pixel_values, image_sizes)
+        patches = self._tap(torch.cat(views), **tower)
+        ends = itertools.accumulate(len(views_) for views_ in views)
+        for medium, crop, views_, end in zip(images, crops, views, ends):
+            start = end - len(views_)
+            base = _map(patches, lambda values: values[start : start + 1])
+            tiles = _map(patches, lambda values: _cropped_tiles(values[start + 1 : end], crop, self._patches_per_side()))
+            medium.sets = [base, tiles]
+
+    def _views_of_images(self, pixel_values, image_sizes) -> tuple:
+        """For each image its `TileCrop` and its views (1 + tiles, 3, height, width), the base view first."""
         side, tile_size = self._patches_per_side(), self.config.vision_config.image_size
         crops = [
             crop_of_tiles(size, self.config.image_grid_pinpoints, tile_size, side) for size in image_sizes.tolist()
         ]
-        views = [1 + crop.rows * crop.columns for crop in crops]
+        numbers = [1 + crop.rows * crop.columns for crop in crops]
         if pixel_values.dim() == 5:  # (images, views, 3, height, width), padded to the largest number of views
-            pixel_values = torch.cat([views_[:count] for views_, count in zip(pixel_values, views)])
-        patches = self._tap(pixel_values, **tower)
-        ends = list(itertools.accumulate(views))
-        for medium, crop, count, end in zip(images, crops, views, ends):
-            start = end - count
-            base = _map(patches, lambda values: values[start : start + 1])
-            tiles = _map(patches, lambda values: _cropped_tiles(values[start + 1 : end], crop, side))
-            medium.sets = [base, tiles]
+            return crops, [views[:number] for views, number in zip(pixel_values, numbers)]
+        return crops, list(pixel_values.split(numbers))
+
+    # -- merging inside the vision tower -----------------------------------------------------------------------------
+
+    def _layers_to_tap(self, vision_feature_layer=None) -> int:
+        """How many layers of the vision tower run before the tapped features."""
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        total = self.config.vision_config.num_hidden_layers
+        number = layer % (total + 1) if isinstance(layer, int) else 0
+        if number == 0:
+            raise ValueError(
+                f"method={self.config.pruning.method!r} merges tokens inside the vision tower and needs the output of one of "
+                f"its layers, but vision_feature_layer is {layer!r}; choose another method, or a layer such as -2."
+            )
+        return number
+
+    def _merge_videos(self, videos, pixels, pruning, num_layers) -> None:
+        side, stride, grid = self._patches_per_side(), self.config.spatial_pool_stride, videos[0].grids[0]
+        num_kept = self._count_in_encoder(side**2, grid.tokens_per_set, pruning)
+        features, anchors = encode_and_merge(self.model.vision_tower, pixels.flatten(0, 1), num_layers, num_kept)
+        if pruning.pooling == "before":
+            features, anchors = in_raster_order(features, pooled_places(anchors, side, stride))
+        for medium, features, anchors in zip(videos, features.chunk(len(videos)), anchors.chunk(len(videos))):
+            medium.sets = [{"features": features, "anchors": anchors}]
+
+    def _merge_images(self, images, pixel_values, image_sizes, pruning, num_layers) -> None:
+        """Each tile merges down to its part of the budget, and leaves out the patches of its padding."""
+        num_patches, device = self._patches_per_side() ** 2, pixel_values.device
+        everything = torch.arange(num_patches, device=device)
+        by_size, found = defaultdict(list), {}
+        crops, views = self._views_of_images(pixel_values, image_sizes)
+        places = [_places_of_patches(crop, self._patches_per_side()).to(device) for crop in crops]
+        for image, (medium, views_) in enumerate(zip(images, views)):
+            inside = [everything] + [(tile >= 0).nonzero()[:, 0] for tile in places[image]]
+            counts = [self._count_in_encoder(grid.tokens_per_set, grid.tokens_per_set, pruning) for grid in medium.grids]
+            budgets = [counts[0], *split_budget(counts[1], [len(patches) for patches in inside[1:]])]
+            for view, (pixels, patches, budget) in enumerate(zip(views_, inside, budgets)):
+                if budget:
+                    by_size[len(patches), budget].append((image, view, pixels, patches))
+        for (_, budget), group in by_size.items():
+            pixels, inside = (torch.stack([job[field] for job in group]) for field in (2, 3))
+            merged = encode_and_merge(self.model.vision_tower, pixels, num_layers, budget, inside)
+            for (image, view, *_), features, anchors in zip(group, *merged):
+                found[image, view] = features, anchors if view == 0 else places[image][view - 1, anchors]
+        for image, medium in enumerate(images):
+            base = found[image, 0]
+            tiles = [found[image, view] for view in range(1, len(views[image])) if (image, view) in found]
+            features = torch.cat([base[0][:0], *(part for part, _ in tiles)])[None]
+            anchors = torch.cat([base[1][:0], *(part for _, part in tiles)])[None]
+            features, anchors = in_raster_order(features, anchors)
+            medium.sets = [
+                {"features": base[0][None], "anchors": base[1][None]},
+                {"features": features, "anchors": anchors},
+            ]
+
+    def _count_in_encoder(self, num_patches: int, num_tokens: int, pruning) -> int:
+        """How many of a set's patches leave the tower, where `num_tokens` would be there if nothing were pruned."""
+        if num_tokens == 0:
+            return 0
+        return METHODS[pruning.method].count_in_encoder(num_patches, pruning.count(num_tokens), pruning)
+
+    # -- from what the tower gives to kept tokens --------------------------------------------------------------------
 
     def _select(self, media, pruning, embeds, is_question, input_ids) -> None:
         """Fills in which tokens of every medium stay. Sets of one size are pruned together, in one call."""
@@ -441,6 +515,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         seeds = _seeds(input_ids, is_question, media, pruning) if "seeds" in method.needs else None
         for (num_tokens, num_kept), sets in by_size.items():
             patches = _concatenate([medium.sets[index] for medium, index in sets])
+            anchors = patches.pop("anchors", None)
             numbers = [len(medium.sets[index]["features"]) for medium, index in sets]
             if num_kept == num_tokens:
                 features = patches["features"]
@@ -451,6 +526,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 if seeds is not None:
                     tokens.seeds = [seed for medium, index in sets for seed in seeds[id(medium)][index]]
                 features, kept = method.reduce(tokens, num_kept, pruning)
+            if anchors is not None:
+                kept = anchors.gather(1, kept)
             for (medium, index), features, kept in zip(sets, features.split(numbers), kept.split(numbers)):
                 medium.tokens[index], medium.kept[index] = features, kept
 
@@ -614,6 +691,15 @@ def _cropped_tiles(values: torch.Tensor, crop, side: int) -> torch.Tensor:
     tiles = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # rows and columns of the whole image
     tiles = tiles[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     return tiles.flatten(0, 1)[None]
+
+
+def _places_of_patches(crop, side: int) -> torch.LongTensor:
+    """For each patch of an image's tiles (tiles, P) its index among the unpadded ones in raster order, -1 for padding."""
+    shape = (crop.rows * crop.columns, side**2)
+    numbers = torch.arange(shape[0] * shape[1]).view(*shape, 1)
+    unpadded = _cropped_tiles(numbers, crop, side).flatten()
+    places = torch.full((numbers.numel(),), -1).scatter_(0, unpadded, torch.arange(len(unpadded)))
+    return places.view(shape)
 
 
 def _map(patches: dict, function) -> dict:
