@@ -7,6 +7,7 @@ from typing import Any, Callable, Optional
 from transformers import LlavaNextVideoConfig
 
 from .methods_rediprune import METHODS
+from .relevance_rediprune import RELEVANCES
 from .selection_rediprune import CANDIDATE_POOLS, QUERY_WEIGHTINGS
 
 
@@ -37,6 +38,9 @@ class PruningConfig:
         method (`str`, defaults to `"rediprune"`): which tokens stay; a key of `METHODS` in `methods_rediprune.py`.
         keep_ratio (`float`, defaults to 0.15): share of the visual tokens that stay, in (0, 1]. A set of `n` tokens
             keeps `count_kept(n, keep_ratio)`; 1 is the stock model.
+        relevance (`str`, *optional*): the space in which tokens and question are compared, for the methods that look at the
+            question. `"pooled"` = the ReDiPrune paper's; `"projected"` = the language model's input embeddings;
+            `"attention"` = the query-key space of its first layer; `None` = as the paper of the method has it.
         alpha (`float`, defaults to 0.5): weight of the relevance beside the diversity (paper, §3.4).
         threshold (`float`, defaults to 0.0): the tau of Algorithm 1, a cosine. Used by the candidate pools
             `"algorithm1"` and `"released"`; at most 0 filters nothing.
@@ -46,6 +50,8 @@ class PruningConfig:
         query_weighting (`str`, defaults to `"exponential"`): how text embeddings become one query vector (paper,
             Table 4); `"none"` drops the text, so that diversity alone decides.
         query_max_tokens (`int`, defaults to 128): at most so many tokens of the text after the last placeholder.
+        encoder_keep_ratio (`float`, defaults to 0.5): share of the patches that the vision encoder leaves, in (0, 1]. Used by
+            `"evoprune_rediprune"`, which then selects among them.
         pooling (`str`, defaults to `"before"`): `"before"` = the checkpoint's own 2x2 video pooling, then prune;
             `"skip"` = prune the unpooled tokens of each frame and do not pool.
         positions (`str`, defaults to `"compact"`): `"compact"` = the pruned prompt is numbered 0..n-1, as in the
@@ -58,6 +64,9 @@ class PruningConfig:
 
     method: str = _choice("rediprune", tuple(METHODS))
     keep_ratio: float = _setting(0.15, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
+    relevance: Optional[str] = _setting(
+        None, lambda value: value is None or value in RELEVANCES, f"one of {', '.join(map(repr, RELEVANCES))} or None"
+    )
     alpha: float = _setting(0.5, _is_number, "a finite number (0 leaves diversity alone)")
     threshold: float = _setting(0.0, lambda value: _is_number(value) and -1 <= value <= 1, "a cosine in [-1, 1]")
     candidate_pool: str = _choice("all", CANDIDATE_POOLS)
@@ -66,6 +75,7 @@ class PruningConfig:
     )
     query_weighting: str = _choice("exponential", QUERY_WEIGHTINGS + ("none",))
     query_max_tokens: int = _setting(128, lambda value: _is_integer(value) and value > 0, "a positive integer")
+    encoder_keep_ratio: float = _setting(0.5, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
     pooling: str = _choice("before", ("before", "skip"))
     positions: str = _choice("compact", ("compact", "original"))
     seed: int = _setting(0, lambda value: _is_integer(value) and value >= 0, "a non-negative integer")
@@ -129,8 +139,13 @@ class PruningConfig:
         """Whether any token can be dropped."""
         return self.method != "none" and self.keep_ratio < 1
 
+    @property
+    def joint(self) -> bool:
+        """Whether all tokens of a medium are one set, instead of each frame and each image view."""
+        return self.prunes and METHODS[self.method].scope == "medium"
+
     def count(self, num_tokens: int) -> int:
-        """How many of the `num_tokens` tokens of one set (a frame, an image view) stay."""
+        """How many of the `num_tokens` tokens of one set (a frame, an image view, or a medium where `joint`) stay."""
         return METHODS[self.method].count(num_tokens, self) if self.prunes and num_tokens else num_tokens
 
     def to_dict(self) -> dict:

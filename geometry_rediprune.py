@@ -7,7 +7,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 
 class TokenGrid(NamedTuple):
-    """`frames` equal sets of `height` x `width` visual tokens in raster order; each set is pruned to its own count."""
+    """`frames` equal sets of `height` x `width` visual tokens in raster order; which are pruned separately or jointly."""
 
     frames: int
     height: int
@@ -71,8 +71,25 @@ def num_unpruned(grids, newlines: bool) -> int:
     return total + (grids[-1].height if newlines else 0)
 
 
+def token_sets(grids, joint: bool) -> list:
+    """The sets that are pruned, each to its own count: (number of sets, tokens in each) of every grid, or one for all."""
+    if joint:
+        return [(1, num_unpruned(grids, newlines=False))]
+    return [(grid.frames, grid.tokens_per_set) for grid in grids]
+
+
 def num_placeholders(grids, pruning, newlines: bool) -> int:
     """Placeholders that a medium takes in the prompt under `pruning` (a `PruningConfig`); newlines go when tokens go."""
     if not pruning.prunes:
         return num_unpruned(grids, newlines)
-    return sum(grid.frames * pruning.count(grid.tokens_per_set) for grid in grids)
+    return sum(number * pruning.count(size) for number, size in token_sets(grids, pruning.joint))
+
+
+def split_budget(total: int, sizes: list) -> list:
+    """`total` <= sum(sizes) divided in proportion to the sizes: rounded down, what is left to the largest remainders."""
+    whole = max(1, sum(sizes))
+    parts = [total * size // whole for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: (-(total * sizes[index] % whole), index))
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from transformers import LlavaNextVideoForConditionalGeneration
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .clip_rediprune import encode_and_merge, read_attention
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
-from .geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, num_unpruned, video_grids
-from .methods_rediprune import METHODS, VisualTokens
-from .positions_rediprune import image_offsets, position_gaps, video_offsets
-from .selection_rediprune import align_query, build_query, gather_tokens
+from .geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, num_unpruned, split_budget, token_sets, video_grids
+from .method_base_rediprune import VisualTokens
+from .method_visionzip_rediprune import in_raster_order
+from .methods_rediprune import METHODS
+from .positions_rediprune import image_offsets, pooled_places, position_gaps, video_offsets
+from .relevance_rediprune import attention_relevance, attention_rows, cosine_relevance, stack_rows, word_rows
+from .selection_rediprune import align_query, build_query
 
 try:  # transformers 5.x converts checkpoint keys by model type, but not those of custom code that has not registered.
     from transformers.conversion_mapping import (
@@ -39,7 +44,10 @@ class ReDiPruneCausalLMOutputWithPast(LlavaNextVideoCausalLMOutputWithPast):
         image_kept_indices: for each image two LongTensors, (1, k) of the base view and (1, k') of the unpadded tiles.
         video_kept_indices: for each video one LongTensor (frames, k).
 
-    Indices count in raster order within the grid of their set. `None` where the stock forward ran, which keeps all.
+    Indices count in raster order within the grid of their set; of a merged token, it is the index of the token whose place
+    it takes. Those of tokens merged inside the vision tower may repeat where pooling makes the grid coarser. A method that takes all tokens of a medium jointly has a single LongTensor (1, k) for each image and video,
+    whose indices count through all frames, or through base view and tiles. `None` where the stock forward ran, which keeps
+    all.
     """
 
     image_kept_indices: Optional[tuple] = None
@@ -55,22 +63,31 @@ class Medium:
         kind: `"image"` or `"video"`.
         grids: its sets of tokens, a list of `TokenGrid`.
         row: the sample that it belongs to.
-        features: for each grid (frames, L, C) features of the tapped vision layer.
-        kept: for each grid (frames, k) indices of the tokens that stay, ascending.
+        sets: what the vision tower gives, by name: for each grid `"features"` (frames, L, C) and what else the method needs,
+            and where tokens were merged in the tower `"anchors"` (frames, L), their indices in the grid; or, for a method that takes all tokens jointly, a single set of one (1, L, C).
+        kept: for each of them (frames, k) indices of the tokens that stay, ascending.
+        tokens: for each of them (frames, k, C) features of the tokens that stay.
     """
 
     kind: str
     grids: list
     row: Optional[int] = None
-    features: Optional[list] = None
+    sets: Optional[list] = None
     kept: Optional[list] = None
+    tokens: Optional[list] = None
 
     def offsets(self) -> torch.LongTensor:
         """Where the kept tokens stand in the unpruned medium, (number kept,)."""
         if self.kind == "video":
             return video_offsets(self.grids[0].tokens_per_set, self.kept[0])
         base, tiles = self.grids
-        return image_offsets(base.tokens_per_set, tiles.width, self.kept[0][0], self.kept[1][0])
+        if len(self.kept) == 2:
+            kept_base, kept_tiles = self.kept[0][0], self.kept[1][0]
+        else:
+            (kept,) = self.kept[0]
+            in_tiles = kept >= base.tokens_per_set
+            kept_base, kept_tiles = kept[~in_tiles], kept[in_tiles] - base.tokens_per_set
+        return image_offsets(base.tokens_per_set, tiles.width, kept_base, kept_tiles)
 
 
 class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForConditionalGeneration):
@@ -356,12 +373,19 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     # -- from pixels to kept tokens ----------------------------------------------------------------------------------
 
-    def _tap(self, pixels, vision_feature_layer=None, vision_feature_select_strategy=None) -> torch.Tensor:
-        """Features (N, P, C) of the tapped vision layer of N images (N, 3, height, width), without CLS."""
+    def _tap(self, pixels, needs=frozenset(), vision_feature_layer=None, vision_feature_select_strategy=None) -> dict:
+        """
+        What the vision tower says of the patches of N images (N, 3, height, width), without CLS.
+
+        Returns:
+            `"features"` (N, P, C) of the tapped layer, and those of `"cls_attention"`, `"keys"`, `"last_cls_attention"` and
+            `"last_keys"` that are among `needs` (`read_attention`).
+        """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         states = self.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        features = states[layer] if isinstance(layer, int) else torch.cat([states[index] for index in layer], dim=-1)
+        layers = [layer] if isinstance(layer, int) else layer
+        features = torch.cat([states[index] for index in layers], dim=-1)
         features = features[:, 1:] if strategy == "default" else features
         expected = self._patches_per_side() ** 2
         if features.shape[1] != expected:
@@ -369,80 +393,198 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 f"the vision tower gives {features.shape[1]} tokens an image, but {expected} are patches; pruning needs "
                 f"patches alone, and vision_feature_select_strategy={strategy!r} does not leave them."
             )
-        return features
+        return {"features": features, **read_attention(self.model.vision_tower, states, layers[-1], needs)}
 
     def _encode(self, media, pixels, image_sizes, pruning, **tower) -> None:
-        """Fills in the features of every medium."""
+        """Fills in the sets of every medium."""
         images = [medium for medium in media if medium.kind == "image"]
         videos = [medium for medium in media if medium.kind == "video"]
+        if pruning.prunes and METHODS[pruning.method].merges_in_encoder:
+            num_layers = self._layers_to_tap(tower.get("vision_feature_layer"))
+            if images:
+                self._merge_images(images, pixels["image"], image_sizes, pruning, num_layers)
+            if videos:
+                self._merge_videos(videos, pixels["video"], pruning, num_layers)
+            return
+        tower["needs"] = METHODS[pruning.method].needs if pruning.prunes else frozenset()
         if images:
             self._encode_images(images, pixels["image"], image_sizes, **tower)
         if videos:
-            features = self._tap(pixels["video"].flatten(0, 1), **tower)
-            if pruning.pooling == "before":
-                features = self.model.vision_resampler(features)
-            for medium, frames in zip(videos, features.chunk(len(videos))):
-                medium.features = [frames]
+            self._encode_videos(videos, pixels["video"], pruning, **tower)
+        if pruning.joint:
+            for medium in media:
+                medium.sets = [_concatenate([_map(patches, _as_one_set) for patches in medium.sets], dim=1)]
+
+    def _encode_videos(self, videos, pixels, pruning, **tower) -> None:
+        patches = self._tap(pixels.flatten(0, 1), **tower)
+        if pruning.pooling == "before":
+            features = self.model.vision_resampler(patches.pop("features"))
+            patches = {"features": features, **_map(patches, self._pool)}
+        for index, medium in enumerate(videos):
+            medium.sets = [_map(patches, lambda values: values.chunk(len(videos))[index])]
+
+    def _pool(self, values: torch.Tensor) -> torch.Tensor:
+        """What goes with features (N, P, D), averaged over the patches that the features are pooled from."""
+        side = self._patches_per_side()
+        grid = values.mT.unflatten(2, (side, side))
+        return F.avg_pool2d(grid, self.config.spatial_pool_stride).flatten(2).mT
 
     def _encode_images(self, images, pixel_values, image_sizes, **tower) -> None:
+        crops, views = self._views_of_images(pixel_values, image_sizes)
+        patches = self._tap(torch.cat(views), **tower)
+        ends = itertools.accumulate(len(views_) for views_ in views)
+        for medium, crop, views_, end in zip(images, crops, views, ends):
+            start = end - len(views_)
+            base = _map(patches, lambda values: values[start : start + 1])
+            tiles = _map(patches, lambda values: _cropped_tiles(values[start + 1 : end], crop, self._patches_per_side()))
+            medium.sets = [base, tiles]
+
+    def _views_of_images(self, pixel_values, image_sizes) -> tuple:
+        """For each image its `TileCrop` and its views (1 + tiles, 3, height, width), the base view first."""
         side, tile_size = self._patches_per_side(), self.config.vision_config.image_size
         crops = [
             crop_of_tiles(size, self.config.image_grid_pinpoints, tile_size, side) for size in image_sizes.tolist()
         ]
-        views = [1 + crop.rows * crop.columns for crop in crops]
+        numbers = [1 + crop.rows * crop.columns for crop in crops]
         if pixel_values.dim() == 5:  # (images, views, 3, height, width), padded to the largest number of views
-            pixel_values = torch.cat([views_[:count] for views_, count in zip(pixel_values, views)])
-        for medium, crop, features in zip(images, crops, self._tap(pixel_values, **tower).split(views)):
-            tiles = features[1:].unflatten(0, (crop.rows, crop.columns)).unflatten(2, (side, side))
-            tiles = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # rows and columns of the whole image
-            tiles = tiles[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-            medium.features = [features[:1], tiles.flatten(0, 1)[None]]
+            return crops, [views[:number] for views, number in zip(pixel_values, numbers)]
+        return crops, list(pixel_values.split(numbers))
 
-    @torch.no_grad()
+    # -- merging inside the vision tower -----------------------------------------------------------------------------
+
+    def _layers_to_tap(self, vision_feature_layer=None) -> int:
+        """How many layers of the vision tower run before the tapped features."""
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        total = self.config.vision_config.num_hidden_layers
+        number = layer % (total + 1) if isinstance(layer, int) else 0
+        if number == 0:
+            raise ValueError(
+                f"method={self.config.pruning.method!r} merges tokens inside the vision tower and needs the output of one of "
+                f"its layers, but vision_feature_layer is {layer!r}; choose another method, or a layer such as -2."
+            )
+        return number
+
+    def _merge_videos(self, videos, pixels, pruning, num_layers) -> None:
+        side, stride, grid = self._patches_per_side(), self.config.spatial_pool_stride, videos[0].grids[0]
+        num_kept = self._count_in_encoder(side**2, grid.tokens_per_set, pruning)
+        features, anchors = encode_and_merge(self.model.vision_tower, pixels.flatten(0, 1), num_layers, num_kept)
+        if pruning.pooling == "before":
+            features, anchors = in_raster_order(features, pooled_places(anchors, side, stride))
+        for medium, features, anchors in zip(videos, features.chunk(len(videos)), anchors.chunk(len(videos))):
+            medium.sets = [{"features": features, "anchors": anchors}]
+
+    def _merge_images(self, images, pixel_values, image_sizes, pruning, num_layers) -> None:
+        """Each tile merges down to its part of the budget, and leaves out the patches of its padding."""
+        num_patches, device = self._patches_per_side() ** 2, pixel_values.device
+        everything = torch.arange(num_patches, device=device)
+        by_size, found = defaultdict(list), {}
+        crops, views = self._views_of_images(pixel_values, image_sizes)
+        places = [_places_of_patches(crop, self._patches_per_side()).to(device) for crop in crops]
+        for image, (medium, views_) in enumerate(zip(images, views)):
+            inside = [everything] + [(tile >= 0).nonzero()[:, 0] for tile in places[image]]
+            counts = [self._count_in_encoder(grid.tokens_per_set, grid.tokens_per_set, pruning) for grid in medium.grids]
+            budgets = [counts[0], *split_budget(counts[1], [len(patches) for patches in inside[1:]])]
+            for view, (pixels, patches, budget) in enumerate(zip(views_, inside, budgets)):
+                if budget:
+                    by_size[len(patches), budget].append((image, view, pixels, patches))
+        for (_, budget), group in by_size.items():
+            pixels, inside = (torch.stack([job[field] for job in group]) for field in (2, 3))
+            merged = encode_and_merge(self.model.vision_tower, pixels, num_layers, budget, inside)
+            for (image, view, *_), features, anchors in zip(group, *merged):
+                found[image, view] = features, anchors if view == 0 else places[image][view - 1, anchors]
+        for image, medium in enumerate(images):
+            base = found[image, 0]
+            tiles = [found[image, view] for view in range(1, len(views[image])) if (image, view) in found]
+            features = torch.cat([base[0][:0], *(part for part, _ in tiles)])[None]
+            anchors = torch.cat([base[1][:0], *(part for _, part in tiles)])[None]
+            features, anchors = in_raster_order(features, anchors)
+            medium.sets = [
+                {"features": base[0][None], "anchors": base[1][None]},
+                {"features": features, "anchors": anchors},
+            ]
+
+    def _count_in_encoder(self, num_patches: int, num_tokens: int, pruning) -> int:
+        """How many of a set's patches leave the tower, where `num_tokens` would be there if nothing were pruned."""
+        if num_tokens == 0:
+            return 0
+        return METHODS[pruning.method].count_in_encoder(num_patches, pruning.count(num_tokens), pruning)
+
+    # -- from what the tower gives to kept tokens --------------------------------------------------------------------
+
     def _select(self, media, pruning, embeds, is_question, input_ids) -> None:
-        """Fills in which tokens of every medium stay. Sets of one size are selected together, in one call."""
+        """Fills in which tokens of every medium stay. Sets of one size are pruned together, in one call."""
         method = METHODS[pruning.method]
         by_size = defaultdict(list)
         for medium in media:
-            medium.kept = [None] * len(medium.grids)
-            for index, features in enumerate(medium.features):
-                by_size[features.shape[1]].append((medium, index))
-        queries = None
-        if pruning.prunes and "query" in method.needs and pruning.query_weighting != "none":
-            queries = self._queries(embeds, is_question, pruning, media[0].features[0])
+            medium.kept, medium.tokens = [None] * len(medium.sets), [None] * len(medium.sets)
+            for index, (_, size) in enumerate(token_sets(medium.grids, pruning.joint)):
+                num_tokens = medium.sets[index]["features"].shape[1]
+                by_size[num_tokens, pruning.count(size)].append((medium, index))
+        words = None
+        if pruning.prunes and method.needs & {"relevance", "text_rows"} and pruning.query_weighting != "none":
+            words = [row[mask][-pruning.query_max_tokens :] for row, mask in zip(embeds.detach(), is_question)]
         seeds = _seeds(input_ids, is_question, media, pruning) if "seeds" in method.needs else None
-        for num_tokens, sets in by_size.items():
-            features = torch.cat([medium.features[index].detach() for medium, index in sets])
-            frames = [medium.grids[index].frames for medium, index in sets]
-            num_kept = pruning.count(num_tokens)
+        for (num_tokens, num_kept), sets in by_size.items():
+            patches = _concatenate([medium.sets[index] for medium, index in sets])
+            anchors = patches.pop("anchors", None)
+            numbers = [len(medium.sets[index]["features"]) for medium, index in sets]
             if num_kept == num_tokens:
+                features = patches["features"]
                 kept = torch.arange(num_tokens, device=features.device).expand(len(features), -1)
             else:
-                rows = [medium.row for (medium, _), count in zip(sets, frames) for _ in range(count)]
-                tokens = VisualTokens(
-                    features=features,
-                    query=None if queries is None else queries[rows],
-                    seeds=None if seeds is None else [seed for medium, index in sets for seed in seeds[id(medium)][index]],
-                )
-                kept = method.select(tokens, num_kept, pruning)
-            for (medium, index), indices in zip(sets, kept.split(frames)):
-                medium.kept[index] = indices
+                rows = [medium.row for (medium, _), number in zip(sets, numbers) for _ in range(number)]
+                tokens = self._visual_tokens(method, patches, words, rows, pruning)
+                if seeds is not None:
+                    tokens.seeds = [seed for medium, index in sets for seed in seeds[id(medium)][index]]
+                features, kept = method.reduce(tokens, num_kept, pruning)
+            if anchors is not None:
+                kept = anchors.gather(1, kept)
+            for (medium, index), features, kept in zip(sets, features.split(numbers), kept.split(numbers)):
+                medium.tokens[index], medium.kept[index] = features, kept
 
-    def _queries(self, embeds, is_question, pruning, features) -> torch.Tensor:
-        """One query vector for each row of the batch, (B, C) fp32, in the space of the vision features."""
-        rows = [row[mask][-pruning.query_max_tokens :] for row, mask in zip(embeds.detach(), is_question)]
-        queries = torch.stack([build_query(row, pruning.query_weighting) for row in rows])
-        return align_query(queries, features.shape[-1]).to(features.device)
+    @torch.no_grad()
+    def _visual_tokens(self, method, patches, words, rows, pruning) -> VisualTokens:
+        """
+        What the method may look at.
+
+        Args:
+            patches: by name, what the vision tower gives of the sets.
+            words: for each row of the batch the input embeddings of its question (T, H); `None` where it is not used.
+            rows: for each set the row of the batch that it belongs to.
+        """
+        relevance = pruning.relevance or method.relevance
+        tokens = VisualTokens(**patches)
+        for name in patches.keys() & {"cls_attention", "last_cls_attention"}:
+            setattr(tokens, name, patches[name].squeeze(-1))
+        reads = method.needs & {"relevance", "text_rows"} if words is not None else frozenset()
+        if "projected" in method.needs or reads and (relevance != "pooled" or "text_rows" in reads):
+            tokens.projected = self.model.multi_modal_projector(tokens.features)
+        if "relevance" in reads:
+            tokens.relevance = self._relevance(relevance, tokens, words, rows, pruning)
+        if "text_rows" in reads:
+            compare = self._attention_rows if relevance == "attention" else word_rows
+            share = lambda text, projected: compare(text, projected) / len(text)  # noqa: E731
+            tokens.text_rows = _rows_by_question(share, words, tokens.projected, rows)
+        return tokens
+
+    def _relevance(self, relevance, tokens, words, rows, pruning) -> torch.Tensor:
+        """(N, L) fp32: how much the tokens of each set have to do with the question of its sample."""
+        if relevance == "attention":
+            return attention_relevance(_rows_by_question(self._attention_rows, words, tokens.projected, rows))
+        queries = torch.stack([build_query(text, pruning.query_weighting) for text in words])
+        if relevance == "pooled":
+            queries = align_query(queries, tokens.features.shape[-1])
+        features = tokens.features if relevance == "pooled" else tokens.projected
+        return cosine_relevance(features, queries.to(features.device)[rows])
+
+    def _attention_rows(self, words, projected) -> torch.Tensor:
+        return attention_rows(self.model.language_model.layers[0], words, projected)
 
     def _project(self, media, pruning) -> Optional[torch.Tensor]:
         """The kept tokens of media of one kind, projected, in the order of their placeholders: (tokens, H)."""
         if not media:
             return None
-        sets = [
-            gather_tokens(features, kept).flatten(0, 1)
-            for medium in media
-            for features, kept in zip(medium.features, medium.kept)
-        ]
+        sets = [tokens.flatten(0, 1) for medium in media for tokens in medium.tokens]
         tokens = self.model.multi_modal_projector(torch.cat(sets))
         if pruning.prunes or media[0].kind == "video":
             return tokens
@@ -532,14 +674,55 @@ def _default_positions(position_ids, tokens, past_key_values) -> torch.LongTenso
 
 
 def _seeds(input_ids, is_question, media, pruning) -> dict:
-    """For each medium (by id) one seed for each set of each grid; they depend on the sample's question alone."""
+    """For each medium (by id) one seed for each of its sets; they depend on the sample's question alone."""
     seeds, counters = {}, defaultdict(itertools.count)
     for medium in media:
         question = b"" if input_ids is None else input_ids[medium.row][is_question[medium.row]].cpu().numpy().tobytes()
         start = zlib.crc32(question, pruning.seed)
         counter = counters[medium.row]
-        seeds[id(medium)] = [[start + next(counter) for _ in range(grid.frames)] for grid in medium.grids]
+        sets = token_sets(medium.grids, pruning.joint)
+        seeds[id(medium)] = [[start + next(counter) for _ in range(number)] for number, _ in sets]
     return seeds
+
+
+def _rows_by_question(compare, words: list, projected: torch.Tensor, rows: list) -> torch.Tensor:
+    """`compare(words (T, H), tokens (n, L, H)) -> (n, T, L)` for the sets of each sample, as one (N, T', L)."""
+    parts, start = [], 0
+    for row, group in itertools.groupby(rows):
+        end = start + len(list(group))
+        tokens, start = projected[start:end], end
+        text = words[row].to(tokens.device)
+        parts.append(compare(text, tokens) if len(text) else tokens.new_zeros(len(tokens), 0, tokens.shape[1]).float())
+    return stack_rows(parts)
+
+
+def _cropped_tiles(values: torch.Tensor, crop, side: int) -> torch.Tensor:
+    """What the tower says of the patches of an image's tiles (tiles, P, D), in the raster order of the image: (1, L, D)."""
+    tiles = values.unflatten(0, (crop.rows, crop.columns)).unflatten(2, (side, side))
+    tiles = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # rows and columns of the whole image
+    tiles = tiles[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    return tiles.flatten(0, 1)[None]
+
+
+def _places_of_patches(crop, side: int) -> torch.LongTensor:
+    """For each patch of an image's tiles (tiles, P) its index among the unpadded ones in raster order, -1 for padding."""
+    shape = (crop.rows * crop.columns, side**2)
+    numbers = torch.arange(shape[0] * shape[1]).view(*shape, 1)
+    unpadded = _cropped_tiles(numbers, crop, side).flatten()
+    places = torch.full((numbers.numel(),), -1).scatter_(0, unpadded, torch.arange(len(unpadded)))
+    return places.view(shape)
+
+
+def _map(patches: dict, function) -> dict:
+    return {name: function(values) for name, values in patches.items()}
+
+
+def _concatenate(sets: list, dim: int = 0) -> dict:
+    return {name: torch.cat([patches[name] for patches in sets], dim=dim) for name in sets[0]}
+
+
+def _as_one_set(values: torch.Tensor) -> torch.Tensor:
+    return values.flatten(0, 1)[None]
 
 
 def _pairs(items):

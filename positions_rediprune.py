@@ -36,3 +36,10 @@ def video_offsets(tokens_per_frame: int, kept: torch.Tensor) -> torch.LongTensor
     """Offsets of a video's kept tokens (frames, k): frame after frame."""
     starts = torch.arange(kept.shape[0], device=kept.device) * tokens_per_frame
     return (kept + starts[:, None]).flatten()
+
+
+def pooled_places(patches: torch.LongTensor, side: int, stride: int) -> torch.LongTensor:
+    """For patches in a grid of `side` x `side` the index of the cell that pooling by `stride` would put them in."""
+    pooled = side // stride
+    row, column = patches // side // stride, patches % side // stride
+    return row.clamp_max(pooled - 1) * pooled + column.clamp_max(pooled - 1)

@@ -104,11 +104,21 @@ def align_query(query: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+def cosine_relevance(features: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Cosine of every token (N, L, C) with the query (N, C) of its set (Eq. 3), (N, L) fp32; 0 where either is zero."""
+    features, query = features.float(), F.normalize(query.float(), dim=-1, eps=MIN_NORM)
+    inverse_norm = features.norm(dim=-1).clamp_min(MIN_NORM).reciprocal()
+    # The query is the left factor: so a set has the same sums alone and in a batch (CPU).
+    return torch.bmm(query[:, None], features.mT)[:, 0] * inverse_norm
+
+
+@torch.no_grad()
 def select_rediprune(
     features: torch.Tensor,
     query: torch.Tensor | None,
     num_kept: int,
     *,
+    relevance: torch.Tensor | None = None,
     alpha: float = 0.5,
     threshold: float = 0.0,
     candidate_pool: str = "all",
@@ -126,6 +136,7 @@ def select_rediprune(
             nearest neighbour is farthest comes first, then always the one with the largest min_{u kept} D_ui
             (DivPrune's rule). A query of zeros makes every relevance 0, so that token 0 comes first.
         num_kept: k >= 1; k >= L keeps all tokens, unread.
+        relevance: (N, L), s_i from elsewhere, in place of the cosine with a query.
         alpha: weight of the relevance.
         threshold: tau, the least relevance of a candidate; no limit if <= 0.
         candidate_pool: which tokens can be picked.
@@ -155,6 +166,11 @@ def select_rediprune(
     num_sets, num_tokens, num_features = features.shape
     if query is not None and query.shape != (num_sets, num_features):
         raise ValueError(f"query must have shape {(num_sets, num_features)}, got {tuple(query.shape)}")
+    if relevance is not None and (query is not None or relevance.shape != (num_sets, num_tokens)):
+        raise ValueError(
+            f"relevance must have shape {(num_sets, num_tokens)} and takes the place of the query, got "
+            f"{tuple(relevance.shape)} {'with' if query is not None else 'without'} a query"
+        )
     _check_counts(num_tokens, num_kept)
     if not isinstance(alpha, Real) or not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite number, got {alpha!r}")
@@ -166,7 +182,7 @@ def select_rediprune(
         raise ValueError(
             f"threshold {threshold!r} needs candidate_pool 'algorithm1' or 'released', got 'all'"
         )
-    if candidate_pool != "all" and query is None:
+    if candidate_pool != "all" and query is None and relevance is None:
         raise ValueError(
             f"candidate_pool {candidate_pool!r} ranks tokens by relevance and needs a query, got None"
         )
@@ -185,14 +201,16 @@ def select_rediprune(
         squared_norm = scores.diagonal(dim1=1, dim2=2).clone()
         inverse_norm = squared_norm.sqrt().clamp_min(MIN_NORM).reciprocal()
         invalid = ~squared_norm.isfinite().all(1)
-        if query is None:
-            relevance = torch.zeros_like(squared_norm)
-        else:
+        has_relevance = query is not None or relevance is not None
+        if query is not None:
             query = query.float()
             invalid |= ~torch.linalg.vector_norm(query, dim=-1).isfinite()
-            unit_query = F.normalize(query, dim=-1, eps=MIN_NORM)
-            # As the left factor, unlike as the right one, the query gives a set the same sums in any batch.
-            relevance = torch.bmm(unit_query[:, None], features.mT)[:, 0] * inverse_norm
+            relevance = cosine_relevance(features, query)
+        elif relevance is not None:
+            relevance = relevance.float().clone()
+            invalid |= ~relevance.isfinite().all(1)
+        else:
+            relevance = torch.zeros_like(squared_norm)
         weighted_relevance = alpha * relevance
         if candidate_pool == "released" and threshold > 0:
             excluded = ~_released_pool(relevance, num_kept, threshold)
@@ -203,11 +221,11 @@ def select_rediprune(
             reaches_threshold = relevance >= (threshold if threshold > 0 else -torch.inf)
         scores *= inverse_norm[:, :, None]
         torch.addcmul(weighted_relevance[:, None], scores, inverse_norm[:, None], value=-1, out=scores)
-        if query is None:
+        if has_relevance:
+            best = relevance
+        else:
             scores.diagonal(dim1=1, dim2=2).fill_(torch.inf)
             best = scores.amin(1)
-        else:
-            best = relevance
         scores.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # a kept token cannot be picked again
 
         picks = []
@@ -217,7 +235,7 @@ def select_rediprune(
                 remaining = ~best.isneginf()
                 pool = _algorithm1_pool(remaining, order, reaches_threshold, num_kept - step, max_candidates)
                 candidates = best.masked_fill(~pool, -torch.inf)
-            picks.append(_first_largest(candidates))
+            picks.append(first_largest(candidates))
             row = scores.gather(1, picks[-1].view(-1, 1, 1).expand(-1, 1, num_tokens))[:, 0]
             best = row if step == 0 else torch.minimum(best, row, out=best)
         kept = torch.stack(picks, dim=1).sort(dim=1).values
@@ -225,8 +243,24 @@ def select_rediprune(
     # Asked last: on a GPU this is the one point where the host waits.
     if invalid.any():
         sets = invalid.nonzero()[:, 0].tolist()
-        raise ValueError(f"features or query hold NaN, infinite or too large values in sets {sets}")
+        raise ValueError(f"features, query or relevance hold NaN, infinite or too large values in sets {sets}")
     return kept
+
+
+def top_tokens(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """(N, L) -> (N, k): the tokens with the largest scores, ascending. Scores are compared in steps of `TIE_TOLERANCE`, and
+    of equals the lowest index wins. Raises ValueError where scores are NaN or infinite.
+    """
+    check_finite("scores", scores)
+    order = (scores.float() / TIE_TOLERANCE).round().argsort(dim=1, descending=True, stable=True)
+    return order[:, :num_kept].sort(dim=1).values
+
+
+def check_finite(name: str, values: torch.Tensor) -> None:
+    """Raises ValueError, with the sets, where `values` (N, ...) are not finite."""
+    invalid = ~values.isfinite().flatten(1).all(1)
+    if invalid.any():
+        raise ValueError(f"{name} hold NaN, infinite or too large values in sets {invalid.nonzero()[:, 0].tolist()}")
 
 
 def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -278,8 +312,8 @@ def _gram(features: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def _first_largest(scores: torch.Tensor) -> torch.Tensor:
-    """(N, L) -> (N,): in each row the lowest index among the ties for the largest score."""
+def first_largest(scores: torch.Tensor) -> torch.Tensor:
+    """(N, L) -> (N,): in each row the lowest index among the ties (`TIE_TOLERANCE`) for the largest score."""
     ties = scores >= scores.amax(1, keepdim=True) - TIE_TOLERANCE
     return ties.view(torch.uint8).argmax(1)  # argmax is defined to return the first of equals
 

@@ -29,6 +29,7 @@ DEFAULT_RATIOS = (0.5, 0.25, 0.15, 0.1)
 UNPRUNED = "unpruned"
 RESAMPLES = 2000
 BATCH = 48
+TOWER_FIELDS = {"cls_attention", "keys", "last_cls_attention", "last_keys"}  # what a method may need of the vision tower
 
 
 def parse_arguments():
@@ -84,7 +85,7 @@ class Questions:
 class FeatureMemory:
     """Remembers what the vision tower gave for a picture: the settings differ in what they keep of it, not in what it gives.
 
-    Only for models whose tower does not prune; the features are those of the first time, bit for bit.
+    The features are those of the first time, bit for bit. A method that prunes inside the tower goes past it.
     """
 
     def __init__(self, model):
@@ -92,13 +93,14 @@ class FeatureMemory:
         self.known = {}
         model._tap = self
 
-    def __call__(self, pixels, *args, **kwargs):
-        keys = [hash(picture.cpu().numpy().tobytes()) for picture in pixels]
+    def __call__(self, pixels, needs=frozenset(), **kwargs):
+        keys = [(hash(picture.cpu().numpy().tobytes()), needs & TOWER_FIELDS) for picture in pixels]
         new = {key: picture for key, picture in zip(keys, pixels) if key not in self.known}
         if new:
-            features = self.encode(torch.stack(list(new.values())), *args, **kwargs)
-            self.known.update(zip(new, features.unbind()))
-        return torch.stack([self.known[key] for key in keys])
+            patches = self.encode(torch.stack(list(new.values())), needs=needs, **kwargs)
+            for index, key in enumerate(new):
+                self.known[key] = {name: values[index] for name, values in patches.items()}
+        return {name: torch.stack([self.known[key][name] for key in keys]) for name in self.known[keys[0]]}
 
 
 @torch.inference_mode()

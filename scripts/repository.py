@@ -112,7 +112,7 @@ class StageTimer:
     """
     Seconds that a model spends in each stage of the calls made inside `with timer:`.
 
-    The stages are `vision encoder`, `selection` (with the query), `projector`, `prefill` (the language model's first
+    The stages are `vision encoder` (with its pooling), `selection` (with the query), `projector`, `prefill` (the language model's first
     pass) and `decode` (its later ones); `passes` counts the latter.
     """
 
@@ -120,14 +120,20 @@ class StageTimer:
         self.model = model
         self.seconds = defaultdict(float)
         self.passes = 0
+        self._inside = False
 
     @contextmanager
     def _timed(self, stage):
+        if self._inside:  # a method may project tokens in order to select: that is selection
+            yield
+            return
+        self._inside = True
         self._synchronize()
         start = time.perf_counter()
         yield
         self._synchronize()
         self.seconds[stage] += time.perf_counter() - start
+        self._inside = False
 
     def _synchronize(self):
         if self.model.device.type == "cuda":
@@ -150,7 +156,7 @@ class StageTimer:
     def __enter__(self):
         parts = self.model.model
         self._undo = []
-        self._wrap(parts.vision_tower, "forward", lambda: "vision encoder")
+        self._wrap(self.model, "_encode", lambda: "vision encoder")
         self._wrap(self.model, "_select", lambda: "selection")
         self._wrap(parts.multi_modal_projector, "forward", lambda: "projector")
         self._wrap(parts.language_model, "forward", self._language_stage)

@@ -1,0 +1,101 @@
+"""What the pruning methods do with a CLIP vision tower: read the attention of its CLS token and its keys, and merge patches on
+their way through it."""
+
+import torch
+import torch.nn.functional as F
+
+from .method_evoprune_rediprune import merge_tokens, merging_schedule
+from .selection_rediprune import gather_tokens
+
+
+def transformer(tower):
+    """The module with `embeddings`, `encoder` and the norms: the tower itself in transformers 5.x, one level below in 4.57."""
+    return getattr(tower, "vision_model", tower)
+
+
+@torch.no_grad()
+def read_attention(tower, states, tap: int, needs) -> dict:
+    """
+    Attention and keys of the patches, from the q and k projections alone: whatever attention the tower runs with.
+
+    Args:
+        tower: a CLIP vision tower.
+        states: its hidden states, each (N, 1 + P, C), embeddings first.
+        tap: index of the tapped one among them.
+        needs: which of `"cls_attention"`, `"keys"` (of the layer whose output is tapped, mean over heads),
+            `"last_cls_attention"` and `"last_keys"` (of the last layer, with its heads taken as one).
+
+    Returns:
+        `dict` with these names: attentions (N, P, 1) fp32, which with CLS itself add up to 1, and keys (N, P, D).
+    """
+    layers, fields = transformer(tower).encoder.layers, {}
+    if needs & {"cls_attention", "keys"}:
+        index = max(tap % len(states) - 1, 0)
+        fields["cls_attention"], fields["keys"] = _attention_of_cls(layers[index], states[index])
+    if needs & {"last_cls_attention", "last_keys"}:
+        found = _attention_of_cls(layers[-1], states[len(layers) - 1], heads_as_one=True)
+        fields["last_cls_attention"], fields["last_keys"] = found
+    return {name: fields[name] for name in fields.keys() & needs}
+
+
+def _attention_of_cls(layer, states: torch.Tensor, heads_as_one: bool = False) -> tuple:
+    """Of CLS to the patches, mean over heads (N, P, 1) fp32, and their keys, mean over heads (N, P, D)."""
+    attention = layer.self_attn
+    states = layer.layer_norm1(states)
+    width = states.shape[-1] if heads_as_one else attention.head_dim
+    query = attention.q_proj(states[:, :1]).unflatten(-1, (-1, width)).transpose(1, 2)
+    keys = attention.k_proj(states).unflatten(-1, (-1, width)).transpose(1, 2)  # (N, heads, 1 + P, D)
+    weights = (query.float() @ keys.float().mT * width**-0.5).softmax(-1)
+    return weights.mean(1)[:, 0, 1:, None], keys.mean(1)[:, 1:]
+
+
+def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None) -> tuple:
+    """
+    Runs the first layers of the tower and merges patches on the way (EvoPrune, reconstruction): between the attention and the
+    MLP of the layers in `merging_schedule`. From then on a token of s patches is attended to as s tokens would be: log s is
+    added to its logits. CLS is never merged.
+
+    Attention is computed here from the projections, whatever attention the tower was loaded with.
+
+    Args:
+        tower: a CLIP vision tower.
+        pixels: (N, 3, height, width).
+        num_layers: layers that run, at least 1.
+        num_kept: k, patches that are left of each image.
+        inside: (N, n) ascending indices of the patches that show the image, where some are padding: those are seen by
+            the first layers and then dropped.
+
+    Returns:
+        features (N, k, C) without CLS, and LongTensor (N, k), for each the first patch that is merged in it, ascending.
+    """
+    vision = transformer(tower)
+    states = vision.pre_layrnorm(vision.embeddings(pixels))
+    anchors = inside
+    if anchors is None:
+        anchors = torch.arange(states.shape[1] - 1, device=states.device).expand(len(states), -1)
+    schedule = merging_schedule(anchors.shape[1], num_kept, num_layers)
+    sizes = None
+    for index, layer in enumerate(vision.encoder.layers[:num_layers]):
+        attended, keys, attention = _attend(layer.self_attn, layer.layer_norm1(states), sizes)
+        states = states + attended
+        if index in schedule:
+            patches = states[:, 1:]
+            if sizes is None:
+                sizes = torch.ones(anchors.shape, device=states.device)
+                patches, keys = gather_tokens(patches, anchors), gather_tokens(keys, anchors)
+                attention = attention.gather(1, anchors)
+            patches, sizes, anchors = merge_tokens(patches, keys, attention, sizes, anchors, schedule[index])
+            states = torch.cat([states[:, :1], patches], dim=1)
+        states = states + layer.mlp(layer.layer_norm2(states))
+    return states[:, 1:], anchors
+
+
+def _attend(attention, states, sizes) -> tuple:
+    """What a layer's attention gives (N, 1 + n, C); of its patches the keys (N, n, D) and what CLS pays them (N, n)."""
+    heads = lambda values: values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # noqa: E731
+    queries, keys, values = (heads(getattr(attention, f"{name}_proj")(states)) for name in "qkv")
+    bias = None if sizes is None else F.pad(sizes.log(), (1, 0))[:, None, None].to(queries.dtype)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=attention.scale)
+    logits = queries[:, :, :1].detach().float() @ keys.detach().float().mT * attention.scale
+    weights = (logits if bias is None else logits + bias.float()).softmax(-1)
+    return attention.out_proj(mixed.transpose(1, 2).flatten(2)), keys.mean(1)[:, 1:], weights.mean(1)[:, 0, 1:]

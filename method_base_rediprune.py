@@ -1,0 +1,81 @@
+"""What every pruning method has in common: what it may look at, how it counts, and what it gives back."""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from .selection_rediprune import count_kept, gather_tokens
+
+
+@dataclass
+class VisualTokens:
+    """
+    What a method may look at: N sets of L tokens. A set is a frame, an image view, or a whole medium.
+
+    Only the features are always there; the rest where the method's `needs` ask for it.
+
+    Attributes:
+        features: (N, L, C) features of the tapped vision layer, any floating dtype; gradients flow to them.
+        relevance: (N, L) fp32, how much each token has to do with the question; `None` when the text is not used.
+        text_rows: (N, T, L) fp32, for each word of the question its share of attention to each token: a row adds up to
+            1 / words, or is zero where the question has fewer than T words; `None` when the text is not used.
+        projected: (N, L, H) the features after the projector.
+        cls_attention: (N, L) fp32, attention of CLS to each token in the tapped layer, mean over heads.
+        keys: (N, L, D) keys of the tapped layer, mean over heads.
+        last_cls_attention: (N, L) fp32, attention of CLS in the last layer, its heads taken as one.
+        last_keys: (N, L, C) keys of the last layer.
+        seeds: N integers, one for each set, that depend on the sample alone and not on what else is in the batch.
+    """
+
+    features: torch.Tensor
+    relevance: Optional[torch.Tensor] = None
+    text_rows: Optional[torch.Tensor] = None
+    projected: Optional[torch.Tensor] = None
+    cls_attention: Optional[torch.Tensor] = None
+    keys: Optional[torch.Tensor] = None
+    last_cls_attention: Optional[torch.Tensor] = None
+    last_keys: Optional[torch.Tensor] = None
+    seeds: Optional[list] = None
+
+
+class Method:
+    """
+    Base of the methods. One that selects defines `select`; one that makes new tokens of old ones defines `reduce`.
+
+    Attributes:
+        needs: the fields of `VisualTokens`, beside the features, that must be there.
+        relevance: what the method's paper compares the question with, used where the configuration leaves it open.
+        scope: `"frame"` = each frame and each image view is a set; `"medium"` = all tokens of a video or an image are one.
+    """
+
+    needs = frozenset()
+    relevance = "pooled"
+    scope = "frame"
+
+    def count(self, num_tokens: int, pruning) -> int:
+        """Tokens that stay of a set of `num_tokens`. The processor and the model both ask here."""
+        return count_kept(num_tokens, pruning.keep_ratio)
+
+    def count_in_encoder(self, num_patches: int, num_kept: int, pruning) -> int:
+        """Of the `num_patches` patches of a set whose count is `num_kept`, how many leave the vision encoder."""
+        return num_patches
+
+    @property
+    def merges_in_encoder(self) -> bool:
+        return type(self).count_in_encoder is not Method.count_in_encoder
+
+    def select(self, tokens: VisualTokens, num_kept: int, pruning) -> torch.LongTensor:
+        """Indices (N, num_kept), ascending in each row."""
+        raise NotImplementedError
+
+    def reduce(self, tokens: VisualTokens, num_kept: int, pruning) -> tuple:
+        """
+        The tokens that go on to the projector.
+
+        Returns:
+            features (N, num_kept, C) in the dtype of the given ones, and LongTensor (N, num_kept): for each of them the
+            index of the token whose place it takes, ascending in each row.
+        """
+        kept = self.select(tokens, num_kept, pruning)
+        return gather_tokens(tokens.features, kept), kept

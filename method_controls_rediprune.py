@@ -1,0 +1,28 @@
+"""The controls of every comparison: tokens at random, evenly spaced tokens, all tokens."""
+
+from .method_base_rediprune import Method
+from .selection_rediprune import select_random, select_uniform
+
+
+class Random(Method):
+    """A uniform draw without replacement, seeded for each set."""
+
+    needs = frozenset({"seeds"})
+
+    def select(self, tokens, num_kept, pruning):
+        return select_random(tokens.features.shape[1], num_kept, tokens.seeds).to(tokens.features.device)
+
+
+class Uniform(Method):
+    """Evenly spaced tokens in raster order."""
+
+    def select(self, tokens, num_kept, pruning):
+        num_sets, num_tokens = tokens.features.shape[:2]
+        return select_uniform(num_tokens, num_kept).to(tokens.features.device).expand(num_sets, -1)
+
+
+class NoPruning(Method):
+    """Every token stays: the stock model."""
+
+    def count(self, num_tokens, pruning):
+        return num_tokens

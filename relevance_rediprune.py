@@ -1,0 +1,81 @@
+"""How much each visual token has to do with the question: one small function for each space that they are compared in.
+
+Shapes: N sets of L tokens; T words of a question, H the width of the language model, h its heads of d features each.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .selection_rediprune import MIN_NORM, cosine_relevance
+
+# "pooled": cosine of the vision features with one vector for the text, which is brought to their width by averaging; the
+#     ReDiPrune paper's. Nothing has trained these two spaces to agree.
+# "projected": cosine of the projected tokens with that vector, in the space of the language model's input embeddings.
+# "attention": `attention_rows`, in the query-key space of the language model's first layer.
+RELEVANCES = ("pooled", "projected", "attention")
+WORD_TEMPERATURE = 0.02
+
+__all__ = ["RELEVANCES", "attention_relevance", "attention_rows", "cosine_relevance", "stack_rows", "word_rows"]
+
+
+@torch.no_grad()
+def attention_rows(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    What each word of a question attends to among the tokens of a set, in a decoder layer, without rotary positions: the
+    softmax over the tokens of (W_q n(e_t)) . (W_k n(z_i)) / sqrt(d) for each head, and of the heads the largest.
+
+    Args:
+        layer: a decoder layer with `input_layernorm` and `self_attn` (`q_proj`, `k_proj`, `head_dim`, `scaling`, and `q_norm`
+            and `k_norm` where the model has them); its heads may share keys.
+        words: (T, H) input embeddings of the question.
+        tokens: (N, L, H) projected visual tokens.
+
+    Returns:
+        (N, T, L) fp32, in [0, 1].
+    """
+    attention = layer.self_attn
+    weight = attention.q_proj.weight
+    dtype = weight.dtype if weight.is_floating_point() else words.dtype  # quantized weights take what they are given
+
+    def heads(states, kind):
+        states = getattr(attention, f"{kind}_proj")(layer.input_layernorm(states.to(dtype)))
+        states = states.unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, f"{kind}_norm", None)
+        return (states if norm is None else norm(states)).float()
+
+    queries, keys = heads(words, "q"), heads(tokens, "k")  # (T, h, d) and (N, L, groups, d)
+    groups = keys.shape[2]
+    queries = queries.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (groups, h / groups * T, d)
+    with torch.autocast(words.device.type, enabled=False):
+        logits = queries @ keys.permute(0, 2, 3, 1) * attention.scaling  # (N, groups, h / groups * T, L)
+        return logits.softmax(-1).unflatten(2, (-1, len(words))).flatten(1, 2).amax(1)
+
+
+def attention_relevance(rows: torch.Tensor) -> torch.Tensor:
+    """Relevance (N, L) from `attention_rows` (N, T, L): the largest of all words, scaled to [0, 1] in each set."""
+    largest = rows.amax(1)
+    low, high = largest.aminmax(dim=1, keepdim=True)
+    return (largest - low) / (high - low).clamp_min(MIN_NORM)
+
+
+@torch.no_grad()
+def word_rows(words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    What each word is closest to: softmax over the tokens of their cosine / 0.02 (MMTok, arXiv 2508.18264).
+
+    Args:
+        words: (T, H) input embeddings of the question.
+        tokens: (N, L, H) projected visual tokens.
+
+    Returns:
+        (N, T, L) fp32; each row adds up to 1.
+    """
+    words, tokens = (F.normalize(states.float(), dim=-1, eps=MIN_NORM) for states in (words, tokens))
+    with torch.autocast(words.device.type, enabled=False):
+        return (words @ tokens.mT / WORD_TEMPERATURE).softmax(-1)
+
+
+def stack_rows(rows: list) -> torch.Tensor:
+    """Rows (n, T, L) of several questions as one (N, T', L), with zeros for the words that the shorter ones lack."""
+    longest = max(1, max(part.shape[1] for part in rows))
+    return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in rows])
