@@ -1,6 +1,7 @@
 """Configuration: what can be set, checked when it is set."""
 
 import math
+import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Callable, Optional
 
@@ -9,6 +10,24 @@ from transformers import LlavaNextVideoConfig
 from .methods_rediprune import METHODS
 from .relevance_rediprune import RELEVANCES
 from .selection_rediprune import CANDIDATE_POOLS, QUERY_WEIGHTINGS
+
+LINK_KEYS = ("weights_from", "weights_revision")
+BASE_MODEL_TYPE = LlavaNextVideoConfig.model_type
+MODEL_CLASS = "modeling_rediprune_llava.ReDiPruneLlavaNextVideoForConditionalGeneration"
+# Written into every saved config.json: `register_for_auto_class` alone would keep one model entry, the last registered.
+AUTO_MAP = {
+    "AutoConfig": "configuration_rediprune.ReDiPruneConfig",
+    "AutoModel": MODEL_CLASS,
+    "AutoModelForImageTextToText": MODEL_CLASS,
+    "AutoModelForMultimodalLM": MODEL_CLASS,
+    "AutoModelForVision2Seq": MODEL_CLASS,
+    "AutoProcessor": "processing_rediprune.ReDiPruneProcessor",
+}
+
+
+def names_folder(weights_from: str) -> bool:
+    """Whether `weights_from` is a folder (absolute, or beginning with `.` or `~`) and not a Hub id."""
+    return weights_from.startswith((".", "~")) or os.path.isabs(weights_from)
 
 
 def _is_number(value) -> bool:
@@ -154,7 +173,13 @@ class PruningConfig:
 
 class ReDiPruneConfig(LlavaNextVideoConfig):
     """
-    [`LlavaNextVideoConfig`] with one more block, `pruning` ([`PruningConfig`]).
+    [`LlavaNextVideoConfig`] with one more block, `pruning` ([`PruningConfig`]), and the link of a linked variant.
+
+    Args:
+        pruning ([`PruningConfig`] or `dict`, *optional*): the pruning block; the defaults when not given.
+        weights_from (`str`, *optional*): where the weights are, if not in the repository itself: a Hub id, or a folder
+            (absolute, or relative to the variant's and beginning with `.`).
+        weights_revision (`str`, *optional*): the revision of that Hub id.
 
     `from_pretrained(repo, pruning={"keep_ratio": 0.25})` merges over the block of the repository's `config.json`, which
     itself is merged over the defaults.
@@ -162,12 +187,17 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
 
     model_type = "rediprune_llava_next_video"
 
-    def __init__(self, *args, pruning=None, **kwargs):
+    def __init__(self, *args, pruning=None, weights_from=None, weights_revision=None, **kwargs):
         kwargs.pop("model_type", None)  # the stock one, in the config.json of a stock checkpoint
         super().__init__(*args, **kwargs)
         self.pruning = pruning
+        self.weights_from = weights_from
+        self.weights_revision = weights_revision
 
     def __setattr__(self, key, value):
+        if key in LINK_KEYS and value is not None and not (isinstance(value, str) and value.strip()):
+            expected = "a Hub id or a folder" if key == "weights_from" else "a branch, tag or commit"
+            raise ValueError(f"config key {key!r} is {value!r}, but must be {expected}, or None for weights of its own")
         super().__setattr__(key, PruningConfig.from_value(value) if key == "pruning" else value)
 
     @classmethod
@@ -189,4 +219,11 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
     def to_dict(self):
         output = super().to_dict()
         output["pruning"] = self.pruning.to_dict()
+        output["auto_map"] = dict(AUTO_MAP)
+        for key in LINK_KEYS:
+            if output.get(key) is None:
+                output.pop(key, None)
         return output
+
+
+ReDiPruneConfig.register_for_auto_class()  # so that saving copies this file and those that it imports

@@ -1,6 +1,7 @@
 """LLaVA-NeXT-Video whose visual tokens are pruned between the vision encoder and the projector."""
 
 import itertools
+import os
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from transformers import LlavaNextVideoForConditionalGeneration
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoCausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .clip_rediprune import encode_and_merge, read_attention
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, num_unpruned, split_budget, token_sets, video_grids
+from .linking_rediprune import explained, follow_link, same_weights, sample_weights
 from .method_base_rediprune import VisualTokens
 from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS
@@ -22,14 +25,24 @@ from .positions_rediprune import image_offsets, pooled_places, position_gaps, vi
 from .relevance_rediprune import attention_relevance, attention_rows, cosine_relevance, stack_rows, word_rows
 from .selection_rediprune import align_query, build_query
 
+logger = logging.get_logger(__name__)
+
 try:  # transformers 5.x converts checkpoint keys by model type, but not those of custom code that has not registered.
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
-except ImportError:  # 4.57 inherits the conversion with the class.
-    pass
+except ImportError:
+    # 4.57 inherits the conversion with the class, but does not know the shorter names under which 5.x saves the vision
+    # tower of a model that it did not load from a checkpoint.
+    LOADING_OPTIONS = {
+        "key_mapping": {
+            r"^vision_tower\.(?!vision_model\.)": "model.vision_tower.vision_model.",
+            **LlavaNextVideoForConditionalGeneration._checkpoint_conversion_mapping,
+        }
+    }
 else:
+    LOADING_OPTIONS = {}
     register_checkpoint_conversion_mapping(
         ReDiPruneConfig.model_type, get_checkpoint_conversion_mapping("llava_next_video"), overwrite=True
     )
@@ -101,22 +114,77 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
     config: ReDiPruneConfig
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path=None, *args, output_loading_info=False, **kwargs):
         """
-        As in the stock class, but weights never get lost silently.
+        As in the stock class, but weights never get lost silently, and those of a linked variant come from where its
+        config's `weights_from` says.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor of the model or holds one that the model does not have; the message
-                names them.
+            OSError: the base of a linked variant cannot be loaded.
+            ValueError: the checkpoint lacks a tensor of the model or holds one that the model does not have (the message
+                names them), or the base of a linked variant is of another architecture.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = [f"{key.replace('_', ' ')} {sorted(info[key])}" for key in ("missing_keys", "unexpected_keys") if info[key]]
+        variant = pretrained_model_name_or_path
+        source, kwargs = follow_link(variant, kwargs)
+        if source is variant:
+            return cls._load(variant, *args, output_loading_info=output_loading_info, **kwargs)
+        with explained(kwargs["config"], variant):
+            model, info = cls._load(source, *args, output_loading_info=True, **kwargs)
+        model.name_or_path = model.config.name_or_path = str(variant)
+        model._linked = (model.config.weights_from, model.config.weights_revision, sample_weights(model))
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load(cls, *args, output_loading_info, **kwargs):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **{**LOADING_OPTIONS, **kwargs})
+        problems = [
+            f"{len(info[key])} {key.replace('_', ' ')} ({', '.join(sorted(info[key])[:5])}{', ...' if len(info[key]) > 5 else ''})"
+            for key in ("missing_keys", "unexpected_keys")
+            if info[key]
+        ]
         if problems:
             raise ValueError(
                 f"the checkpoint does not fit {cls.__name__}: {'; '.join(problems)}. Missing tensors would be random and "
                 "unexpected ones lost, so nothing was loaded; check that the files belong to this config.json."
             )
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, materialise=False, push_to_hub=False, **kwargs):
+        """
+        As in the stock class, but a linked variant stays linked: its config names `weights_from`, and no weights are
+        written.
+
+        Args:
+            materialise (`bool`, defaults to `False`): write the weights of a linked variant, and no link. Happens by itself,
+                with a warning, when they are no longer those of the base, as after training.
+        """
+        config = self.config
+        if config.weights_from is None or getattr(self, "_hf_peft_config_loaded", False):  # adapters alone are saved
+            return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        if not materialise and not self._weights_are_linked():
+            materialise = True
+            logger.warning(
+                f"The weights are not those of weights_from={config.weights_from!r} any more, so they are saved in full and "
+                "the link is left out."
+            )
+        if materialise:
+            link = config.weights_from, config.weights_revision
+            config.weights_from = config.weights_revision = None
+            try:
+                return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+            finally:
+                config.weights_from, config.weights_revision = link
+        if push_to_hub:
+            hub_keys = ("commit_message", "private", "token", "create_pr", "revision")
+            hub = {key: kwargs[key] for key in hub_keys if key in kwargs}
+            self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)), **hub)
+        config.save_pretrained(save_directory)
+        self.generation_config.save_pretrained(save_directory)
+        custom_object_save(self, save_directory)
+
+    def _weights_are_linked(self) -> bool:
+        *link, samples = getattr(self, "_linked", (None, None, None))
+        return link == [self.config.weights_from, self.config.weights_revision] and same_weights(self, samples)
 
     @can_return_tuple
     def forward(
@@ -727,3 +795,7 @@ def _as_one_set(values: torch.Tensor) -> torch.Tensor:
 
 def _pairs(items):
     return zip(items[::2], items[1::2])
+
+
+# So that saving copies this file and those that it imports, also where the class was not loaded through an Auto class.
+ReDiPruneLlavaNextVideoForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -11,8 +11,11 @@ from transformers.image_utils import is_pil_image, load_image, make_flat_list_of
 from transformers.processing_utils import ProcessingKwargs
 from transformers.video_utils import make_batched_metadata, make_batched_videos
 
-from .configuration_rediprune import PruningConfig, ReDiPruneConfig
+from .configuration_rediprune import AUTO_MAP, PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import image_grids, num_placeholders, video_grids
+from .methods_rediprune import METHODS  # noqa: F401  4.57 copies what this file imports, and not what those files import
+from .portability_rediprune import make_portable
+from .selection_rediprune import count_kept  # noqa: F401  as above
 from .video_rediprune import frame_indices, read_video
 
 
@@ -86,6 +89,15 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         for key in ("pruning", "spatial_pool_stride"):
             output.pop(key, None)
         return output
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As in the stock class, but in files that transformers 4.57 and 5.x both read."""
+        if push_to_hub:  # comes back here with a temporary folder
+            self.push_to_hub(kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory)), **kwargs)
+            kwargs = {}
+        files = super().save_pretrained(save_directory, **kwargs)
+        make_portable(save_directory, type(self).__name__, {"AutoProcessor": AUTO_MAP["AutoProcessor"]})
+        return files
 
     def __call__(self, images=None, text=None, videos=None, audio=None, keep_ratio=None, **kwargs):
         """
@@ -253,3 +265,6 @@ def _plain_lists(videos):
     if is_pil_image(videos):
         return np.array(load_image(videos))
     return list(videos) if getattr(videos, "ndim", 0) == 5 else videos
+
+
+ReDiPruneProcessor.register_for_auto_class()  # so that saving copies this file and those that it imports

@@ -2,11 +2,13 @@
 timed, and how result files are written."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
 import tempfile
 import time
+import types
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def fail(message: str):
     """Ends the program with a message instead of a traceback."""
     sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+def code_module(name: str):
+    """A code file of the repository (`"configuration_rediprune"`), imported beside its siblings as a package `rediprune`."""
+    if "rediprune" not in sys.modules:
+        package = types.ModuleType("rediprune")
+        package.__path__ = [str(ROOT)]
+        sys.modules["rediprune"] = package
+    return importlib.import_module(f"rediprune.{name}")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +57,14 @@ def key_value(text: str) -> tuple:
     key, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, json_or_string(value)
+
+
+def json_or_string(text: str):
     try:
-        return key, json.loads(value)
+        return json.loads(text)
     except json.JSONDecodeError:
-        return key, value
+        return text
 
 
 def load(args, pruning: dict = None) -> tuple:

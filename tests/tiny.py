@@ -136,6 +136,33 @@ def stock_twin(model, **kwargs):
     return twin
 
 
+def save_stock_checkpoint(folder, seed=0):
+    """A stock checkpoint with random weights, named as in the public ones, whichever transformers writes it."""
+    from safetensors.torch import save_file
+
+    model = stock_twin(tiny_model(seed))
+    model.generation_config.max_new_tokens = 4
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    stock_processor().save_pretrained(folder)
+    weights = {public_name(name): weight.clone() for name, weight in model.state_dict().items()}
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    return folder
+
+
+def public_name(name):
+    """A tensor's name in the public LLaVA-NeXT-Video checkpoints, from its name in the module tree."""
+    part, _, rest = name.removeprefix("model.").partition(".")
+    if part == "lm_head":
+        return f"language_model.lm_head.{rest}"
+    if part == "language_model":
+        return f"language_model.model.{rest}"
+    if part == "vision_tower":
+        return f"vision_tower.vision_model.{rest.removeprefix('vision_model.')}"
+    return f"{part}.{rest}".rstrip(".")
+
+
 def random_video(seed=0, frames=4, size=(40, 48)):
     return np.random.default_rng(seed).integers(0, 256, (frames, *size, 3), dtype=np.uint8)
 

@@ -1,0 +1,398 @@
+"""Runs a variant through the tools around transformers, and writes down what works on the installed version.
+
+Every row does the thing for real on the CPU and compares with plain generation. Results go to OUTPUT.json, one entry for each
+version of transformers that the script was run with; OUTPUT.md is the table of all of them. A row whose package is not
+installed is written as such.
+
+Examples:
+    python scripts/check_ecosystem.py --output docs/ecosystem
+    python scripts/check_ecosystem.py --output runs/ecosystem --model my-variant --rows offload serve
+"""
+
+import argparse
+import base64
+import copy
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from repository import ROOT, environment, fail, write_whole
+
+NEW_TOKENS = 6
+QUESTION = "what colour is the star?"
+ROWS = {}
+
+
+def row(title: str):
+    def register(function):
+        ROWS[function.__name__] = (title, function)
+        return function
+
+    return register
+
+
+class Case:
+    """The variant that is tried, its inputs, and the answers of plain generation in fp32."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        self.inputs = video_inputs(self.processor)
+        self.model = self.load()
+        self.expected = self.answer(self.model)
+
+    def load(self, **kwargs):
+        kwargs.setdefault("dtype", torch.float32)
+        auto_class = transformers.AutoModelForImageTextToText
+        return auto_class.from_pretrained(self.folder, trust_remote_code=True, **kwargs).eval()
+
+    def answer(self, model, **kwargs) -> list:
+        inputs = self.inputs.to(model.device, model.dtype)
+        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+        return output[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def same(self, model, **kwargs) -> str:
+        """Says that the answer is that of plain generation, or raises."""
+        found = self.answer(model, **kwargs)
+        if found != self.expected:
+            raise AssertionError(f"answers {found} instead of {self.expected}")
+        return "same answer as plain generation"
+
+    @torch.no_grad()
+    def logits(self, model) -> torch.Tensor:
+        return model(**self.inputs.to(model.device, model.dtype)).logits[0, -1].float()
+
+    def close(self, model, limit: float) -> str:
+        """Says how far the logits are from those of fp32, or raises."""
+        expected = self.logits(self.model)
+        difference = ((self.logits(model) - expected).norm() / expected.norm()).item()
+        if not difference < limit:
+            raise AssertionError(f"logits differ by {difference:.2%}")
+        return f"logits within {difference:.2%} of fp32"
+
+
+def video_inputs(processor):
+    frames = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)
+    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(text=prompt, videos=[frames], return_tensors="pt")
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@row("`dtype=torch.bfloat16`")
+def bfloat16(case):
+    return case.close(case.load(dtype=torch.bfloat16), 0.1)
+
+
+@row("`dtype=torch.float16`")
+def float16(case):
+    return case.close(case.load(dtype=torch.float16), 0.02)
+
+
+@row('`attn_implementation="eager"`')
+def eager(case):
+    return case.same(case.load(attn_implementation="eager"))
+
+
+@row("`device_map` with layers offloaded to disk")
+def offload(case):
+    import accelerate  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "disk", "model.image_newline": "cpu"}
+        places |= {"model.language_model": "disk", "lm_head": "cpu"}
+        model = case.load(device_map=places, offload_folder=folder)
+        return f"{case.same(model)}; on disk: {', '.join(k for k, v in places.items() if v == 'disk')}"
+
+
+@row('`device_map="auto"` with little CPU memory')
+def offload_auto(case):
+    import accelerate  # noqa: F401
+
+    size = sum(parameter.numel() * 4 for parameter in case.model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        model = case.load(device_map="auto", max_memory={"cpu": int(0.7 * size)}, offload_folder=folder)
+        places = set(map(str, getattr(model, "hf_device_map", {}).values()))
+        return f"{case.same(model)}; places: {', '.join(sorted(places))}"
+
+
+@row('`generate(cache_implementation="static")`')
+def static_cache(case):
+    return case.same(case.model, cache_implementation="static")
+
+
+@row("`torch.compile` of decoding, static cache")
+def compiled(case):
+    config = transformers.generation.CompileConfig(fullgraph=False)
+    config._compile_all_devices = True  # generate compiles by itself on accelerators alone
+    start = time.perf_counter()
+    said = case.same(copy.deepcopy(case.model), cache_implementation="static", compile_config=config)
+    frames = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    if not frames:
+        raise AssertionError("nothing was compiled")
+    return f"{said}; {frames} graphs, {time.perf_counter() - start:.0f} s"
+
+
+@row("assisted generation, prompt lookup")
+def prompt_lookup(case):
+    return case.same(case.model, prompt_lookup_num_tokens=2)
+
+
+@row("assisted generation, assistant model")
+def assistant(case):
+    return case.same(case.model, assistant_model=copy.deepcopy(case.model))
+
+
+@row("weight-only int8 on the CPU (torchao)")
+def torchao_int8(case):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    skipped = ["vision_tower", "multi_modal_projector", "lm_head"]
+    config = transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)
+    return case.close(case.load(quantization_config=config), 0.1)
+
+
+@row("LoRA on pruned inputs (PEFT)")
+def lora(case):
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(case.load(), config)
+    inputs = dict(case.inputs)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-1] = -100
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    if not losses[-1] < losses[0]:
+        raise AssertionError(f"the loss does not fall: {losses}")
+    trained = case.logits(model.eval())
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = peft.PeftModel.from_pretrained(case.load(), folder)
+        difference = (case.logits(again.eval()) - trained).abs().max().item()
+    if difference > 1e-5:
+        raise AssertionError(f"the adapter's logits change by {difference} when it is reloaded")
+    return f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in 5 steps; the adapter reloads with the same logits"
+
+
+def run_ranks(case, job: str) -> dict:
+    """Runs this file as `job` on two processes, and returns what the first one prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"--master-port={port}"]
+    command += [__file__, "--rank-job", job, "--model", case.folder, "--output", "-"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = re.search(r"^RESULT (.*)$", result.stdout, re.MULTILINE)
+    if result.returncode or not found:
+        raise AssertionError(result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no result")
+    return json.loads(found.group(1))
+
+
+@row("data parallel over two CPU processes (`torchrun`, gloo)")
+def data_parallel(case):
+    found = run_ranks(case, "data")
+    if found["gradient difference"] > 1e-5:
+        raise AssertionError(f"gradients differ by {found['gradient difference']}")
+    return "averaged gradients of two half batches are those of the whole batch"
+
+
+@row("tensor parallel over two CPU processes (`torchrun`, gloo)")
+def tensor_parallel(case):
+    found = run_ranks(case, "tensor")
+    if found["logits difference"] > 1e-3:
+        raise AssertionError(f"logits differ by {found['logits difference']}")
+    return f"logits within {found['logits difference']:.0e} of one process; {found['sharded']} parameters sharded"
+
+
+@row("`transformers serve` with an OpenAI client and an image")
+def serve(case):
+    import openai
+    import uvicorn  # noqa: F401
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError("`transformers serve` with images, which is of 5.x")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    if not Path(command[0]).exists():
+        command[:1] = [sys.executable, "-m", "transformers.cli.transformers"]
+    command += ["--trust-remote-code", "--device", "cpu"]
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0)
+            wait_for(port, server)
+            buffer = io.BytesIO()
+            noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(buffer, format="PNG")
+            url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+            chat = [{"role": "user", "content": content}]
+            reply = client.chat.completions.create(model=case.folder, messages=chat, max_tokens=NEW_TOKENS)
+            stream = client.chat.completions.create(model=case.folder, messages=chat, max_tokens=NEW_TOKENS, stream=True)
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        except Exception as error:
+            log.seek(0)
+            raise AssertionError(f"{error}; server: {log.read()[-500:]}") from error
+        finally:
+            server.terminate()
+            server.wait()
+    text = reply.choices[0].message.content
+    if text.strip() != streamed.strip():
+        raise AssertionError(f"the streamed answer {streamed!r} is not the whole one {text!r}")
+    return f"answers in one piece and streamed; prompt of {reply.usage.prompt_tokens} tokens"
+
+
+def wait_for(port: int, server, seconds: int = 600) -> None:
+    end = time.time() + seconds
+    while time.time() < end:
+        if server.poll() is not None:
+            raise AssertionError("the server ended")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(1)
+    raise AssertionError("the server did not start")
+
+
+# -- jobs of several processes -----------------------------------------------------------------------------------------
+
+
+def run_rank_job(folder: str, job: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    case = Case(folder)
+    result = {"data": data_job, "tensor": tensor_job}[job](case)
+    if torch.distributed.get_rank() == 0:
+        print("RESULT", json.dumps(result), flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def data_job(case) -> dict:
+    rank = torch.distributed.get_rank()
+    batch = {name: torch.cat([value, value.flip(0)]) for name, value in case.inputs.items() if torch.is_tensor(value)}
+    batch["pixel_values_videos"][1] *= 0.5
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, -1] = batch["input_ids"][:, -1]
+    case.model(**batch, labels=labels).loss.backward()
+    expected = case.model.lm_head.weight.grad.clone()
+    case.model.zero_grad()
+    half = {name: value[rank : rank + 1] for name, value in {**batch, "labels": labels}.items()}
+    parallel = torch.nn.parallel.DistributedDataParallel(case.model, find_unused_parameters=True)
+    parallel(**half).loss.backward()
+    return {"gradient difference": (case.model.lm_head.weight.grad - expected).abs().max().item()}
+
+
+def tensor_job(case) -> dict:
+    expected = case.logits(case.model)
+    model = case.load(tp_plan="auto")
+    sharded = sum(type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    full = sum(p.numel() for p in case.model.parameters())
+    local = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
+    if local >= full:
+        raise AssertionError("no parameter was sharded")
+    return {"logits difference": (case.logits(model) - expected).abs().max().item(), "sharded": f"{full - local} of {full} ({sharded} tensors)"}
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def run_rows(case, names) -> dict:
+    results = {}
+    for name in names:
+        title, function = ROWS[name]
+        start = time.perf_counter()
+        try:
+            results[name] = {"works": True, "note": function(case)}
+        except ImportError as error:
+            results[name] = {"works": None, "note": f"not installed: {error.name or error}"}
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            results[name] = {"works": False, "note": f"{type(error).__name__}: {lines[0][:300]}"}
+        mark = {True: "works", False: "FAILS", None: "-"}[results[name]["works"]]
+        print(f"{mark:6} {title}: {results[name]['note']} ({time.perf_counter() - start:.0f} s)", flush=True)
+    return results
+
+
+def as_table(record: dict) -> str:
+    versions = sorted(record)
+    lines = ["# What works with which version", "", "Measured by `scripts/check_ecosystem.py` on the CPU.", ""]
+    lines += ["| | " + " | ".join(f"transformers {version}" for version in versions) + " |", "|---" * (len(versions) + 1) + "|"]
+    for name, (title, _) in ROWS.items():
+        cells = []
+        for version in versions:
+            result = record[version]["rows"].get(name)
+            mark = "" if result is None else {True: "yes: ", False: "**no**: ", None: ""}[result["works"]]
+            cells.append("not run" if result is None else f"{mark}{result['note']}".replace("|", "\\|"))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for version in versions:
+        packages = ", ".join(f"{key} {value}" for key, value in record[version]["packages"].items())
+        lines.append(f"transformers {version}: {packages}; {record[version]['environment']['date']}")
+    return "\n".join(lines) + "\n"
+
+
+def package_versions() -> dict:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torch", "accelerate", "peft", "torchao", "huggingface_hub", "openai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="where the table goes: OUTPUT.json, OUTPUT.md")
+    parser.add_argument("--model", default=str(ROOT), help="folder of a variant (default: this repository)")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
+    parser.add_argument("--rank-job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    if args.rank_job:
+        return run_rank_job(args.model, args.rank_job)
+    try:
+        case = Case(args.model)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    path = Path(f"{args.output}.json")
+    record = json.loads(path.read_text()) if path.exists() else {}
+    version = transformers.__version__
+    rows = {**record.get(version, {}).get("rows", {}), **run_rows(case, args.rows)}
+    record[version] = {"environment": environment(case.model), "packages": package_versions(), "rows": rows}
+    write_whole(path, json.dumps(record, indent=2) + "\n")
+    write_whole(f"{args.output}.md", as_table(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,504 @@
+"""Makes a pruned variant of a LLaVA-NeXT-Video checkpoint: a folder, a repository on the Hub, or both.
+
+A variant holds the code, config.json with the pruning block, and the tokenizer and processor files. Its weights are copied
+(--copy), or stay where they are and are named in config.json (--link): then the variant is some hundred kB.
+
+The pruning parameters can be changed later in config.json alone. Nothing is left behind by a run that fails.
+
+Examples:
+    python scripts/export.py llava-hf/LLaVA-NeXT-Video-7B-hf --keep-ratio 0.15 --output my-variant
+    python scripts/export.py llava-hf/LLaVA-NeXT-Video-7B-hf --keep-ratio 0.25 --link --push-to-hub me/name
+    python scripts/export.py checkpoints/mine --method uniform --positions original --output my-variant --dry-run
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from repository import ROOT, code_module, fail, json_or_string
+from tqdm import tqdm
+
+configuration = code_module("configuration_rediprune")
+portability = code_module("portability_rediprune")
+
+MODEL_FILES = ("generation_config.json",)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SMALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES, "LICENSE", "LICENSE.txt", "LICENSE.md")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+CHUNK = 16 * 2**20
+
+
+class ExportError(Exception):
+    """What the user has to hear instead of a traceback."""
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="folder or Hub id of a stock LLaVA-NeXT-Video checkpoint")
+    parser.add_argument("--base-revision", help="branch, tag or commit of a base on the Hub (default: main)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--copy", action="store_true", help="copy the weights (the default)")
+    weights.add_argument("--link", action="store_true", help="name the weights in config.json, pinned to a commit")
+    parser.add_argument("--output", type=Path, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace a variant that --output already holds")
+    parser.add_argument("--push-to-hub", metavar="NAMESPACE/NAME", help="repository to push to, created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create that repository as a private one")
+    parser.add_argument("--revision", help="branch to push to, created if it does not exist (default: main)")
+    parser.add_argument("--commit-message", help="default: says what was exported")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be written, and write nothing")
+    parser.add_argument("--no-check", action="store_true", help="do not load the result and compare it with the base")
+    group = parser.add_argument_group("pruning", "keys of config.json's pruning block")
+    for setting in fields(configuration.PruningConfig):
+        group.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            type=json_or_string,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=f"{setting.metadata['expected']} (default: {setting.default})",
+        )
+    args = parser.parse_args(arguments)
+    if args.output is None and args.push_to_hub is None:
+        parser.error("nothing to write: pass --output FOLDER, --push-to-hub NAMESPACE/NAME, or both")
+    if args.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
+        parser.error(f"--push-to-hub {args.push_to_hub}: must be NAMESPACE/NAME, with your user name or organisation first")
+    if args.push_to_hub is None and (args.private or args.revision or args.commit_message):
+        parser.error("--private, --revision and --commit-message belong to --push-to-hub")
+    args.pruning = {s.name: getattr(args, s.name) for s in fields(configuration.PruningConfig) if hasattr(args, s.name)}
+    return args
+
+
+# -- the base ----------------------------------------------------------------------------------------------------------
+
+
+def fetch_base(base: str, revision=None, weights: bool = True) -> tuple:
+    """Folder of the base, and its commit where it comes from the Hub (`None` for a folder).
+
+    Args:
+        base: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        weights: whether the weights are needed, too.
+    """
+    if Path(base).is_dir():
+        if revision is not None:
+            raise ExportError(f"--base-revision {revision}: {base} is a folder, which has no revisions; leave it out")
+        return Path(base), None
+    if configuration.names_folder(base) or base.count("/") != 1:
+        raise ExportError(f"{base}: no such folder, and not a Hub id (NAMESPACE/NAME) either")
+    patterns = [*SMALL_FILES, "config.json", "README.md", *(WEIGHT_PATTERNS if weights else ())]
+    try:
+        folder = snapshot_download(base, revision=revision, allow_patterns=patterns)
+    except GatedRepoError as error:
+        raise ExportError(f"{base} is gated: accept its terms on its page, then log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ExportError(f"{base}: no such repository on the Hub, or it is private and your token cannot see it") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ExportError(
+            f"{base} (revision {revision or 'main'}) cannot be downloaded, and is not in the local cache: {error}\n"
+            "check the network and --base-revision, or pass a folder"
+        ) from error
+    return Path(folder), Path(folder).name
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of the base.
+
+    Raises:
+        ExportError: there is none, or it is not one of LLaVA-NeXT-Video.
+    """
+    try:
+        values = portability.read_json(folder / "config.json")
+    except FileNotFoundError as error:
+        raise ExportError(f"{folder} holds no config.json; pass the folder of a checkpoint") from error
+    except ValueError as error:
+        raise ExportError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    if values.get("model_type") != configuration.BASE_MODEL_TYPE:
+        raise ExportError(
+            f"{folder} is a model of type {values.get('model_type')!r}, but only stock LLaVA-NeXT-Video checkpoints "
+            f"({configuration.BASE_MODEL_TYPE!r}) can be exported"
+        )
+    return values
+
+
+def list_weights(folder: Path) -> list:
+    """Names of the files with the weights, the index among them.
+
+    Raises:
+        ExportError: a file is missing or truncated, or there are no safetensors files.
+    """
+    if (folder / INDEX).exists():
+        names = sorted(set(portability.read_json(folder / INDEX)["weight_map"].values()))
+    elif (folder / WEIGHTS).exists():
+        names = [WEIGHTS]
+    else:
+        raise ExportError(
+            f"{folder} holds no {WEIGHTS} and no {INDEX}; a checkpoint in another format has to be loaded and saved with "
+            "transformers first"
+        )
+    for name in names:
+        check_safetensors(folder / name)
+    return [*names, INDEX] if (folder / INDEX).exists() else names
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises ExportError where the file is missing or shorter or longer than its header says."""
+    if not path.exists():
+        raise ExportError(f"{path} is named in {INDEX}, but does not exist")
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("its header goes beyond its end")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (struct.error, ValueError, KeyError) as error:
+        raise ExportError(f"{path} is not a whole safetensors file: {error}; download it again") from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise ExportError(f"{path} has {size} bytes, but its header says {expected}; download it again")
+
+
+# -- the variant -------------------------------------------------------------------------------------------------------
+
+
+def convert_files(base_folder, output, pruning=None, weights_from=None, weights_revision=None) -> list:
+    """
+    Writes everything of a variant but its weights and its card into a folder that exists: code, config, tokenizer and
+    processor files. Files of these names that are there already are replaced, others stay.
+
+    Args:
+        base_folder: folder of a stock LLaVA-NeXT-Video checkpoint; its weights are not read.
+        output: an existing folder; the repository's own is fine, too.
+        pruning: the pruning block, merged over the defaults.
+        weights_from: Hub id or folder of the weights, for a linked variant; `None` if they will be in the folder.
+        weights_revision: the commit of that Hub id.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ExportError: the base is not a LLaVA-NeXT-Video, or has no tokenizer or image processor.
+        ValueError: a pruning key or value is wrong.
+    """
+    base_folder, output = Path(base_folder), Path(output)
+    block = configuration.PruningConfig.from_value(pruning)
+    base = read_config(base_folder)
+    link = {"weights_from": weights_from, "weights_revision": weights_revision}
+    config = {
+        **{key: value for key, value in base.items() if key != "_name_or_path"},
+        "architectures": [configuration.MODEL_CLASS.partition(".")[2]],
+        "model_type": configuration.ReDiPruneConfig.model_type,
+        "auto_map": configuration.AUTO_MAP,
+        "pruning": block.to_dict(),
+        **{key: value for key, value in link.items() if value is not None},
+    }
+    small = [name for name in SMALL_FILES if (base_folder / name).exists()]
+    if "tokenizer_config.json" not in small:
+        raise ExportError(f"{base_folder} holds no tokenizer_config.json; a variant needs a tokenizer")
+    for name in small:
+        shutil.copyfile(base_folder / name, output / name)
+    if not (output / "chat_template.jinja").exists() and not _has_template(base_folder):
+        shutil.copyfile(ROOT / "chat_template.jinja", output / "chat_template.jinja")
+    if not (output / portability.PROCESSOR_FILE).exists():
+        portability.write_json(output / portability.PROCESSOR_FILE, _default_processor(config))
+    portability.make_portable(
+        output, "ReDiPruneProcessor", {"AutoProcessor": configuration.AUTO_MAP["AutoProcessor"]}
+    )
+    if not (output / "preprocessor_config.json").exists():
+        raise ExportError(f"{base_folder} holds no preprocessor_config.json; a variant needs an image processor")
+    code = code_files()
+    for name in code:
+        if (ROOT / name) != (output / name).resolve():
+            shutil.copyfile(ROOT / name, output / name)
+    portability.write_json(output / "config.json", config)
+    written = {"config.json", "preprocessor_config.json", portability.PROCESSOR_FILE, *small, *code}
+    written |= {name for name in PROCESSOR_FILES if (output / name).exists()}
+    return sorted(written)
+
+
+def code_files() -> list:
+    """Names of the code files of a variant."""
+    return sorted(path.name for path in ROOT.glob("*_rediprune*.py"))
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+        return True
+    configs = [folder / name for name in ("processor_config.json", "tokenizer_config.json") if (folder / name).exists()]
+    return any("chat_template" in portability.read_json(path) for path in configs)
+
+
+def _default_processor(config: dict) -> dict:
+    """For old checkpoints without processor_config.json."""
+    return {
+        "patch_size": config["vision_config"]["patch_size"],
+        "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
+        "num_additional_image_tokens": 1,  # CLS
+    }
+
+
+def copy_weights(base_folder: Path, output: Path, names: list) -> None:
+    """Copies the files piece by piece, with a progress bar.
+
+    Raises:
+        ExportError: the disk has not enough space; nothing was copied then.
+    """
+    needed = sum((base_folder / name).stat().st_size for name in names)
+    free = shutil.disk_usage(output).free
+    if needed > free:
+        raise ExportError(f"the weights need {as_size(needed)}, but {output.parent} has {as_size(free)} left; --link needs none")
+    with tqdm(total=needed, unit="B", unit_scale=True, desc="copying weights") as bar:
+        for name in names:
+            with open(base_folder / name, "rb") as source, open(output / name, "wb") as target:
+                while piece := source.read(CHUNK):
+                    target.write(piece)
+                    bar.update(len(piece))
+
+
+def write_card(output: Path, name: str, base: str, base_folder: Path, config: dict, command: str) -> None:
+    """README.md of the variant, which is its model card."""
+    pruning, on_hub = config["pruning"], not Path(base).is_dir()
+    front = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
+    if on_hub:
+        front.append(f"base_model: {base}")
+    licence = base_licence(base_folder)
+    front += [f"license: {licence}"] if licence else []
+    front += ["tags:", "- visual-token-pruning", "- rediprune", "- video"]
+    what = (
+        f"{pruning['keep_ratio']:.0%} of the visual tokens stay (method `{pruning['method']}`)"
+        if pruning["method"] != "none"
+        else "no visual token is dropped (method `none`)"
+    )
+    weights = (
+        f"This repository holds no weights: they are loaded from `{config['weights_from']}`"
+        + (f" at commit `{config['weights_revision']}`." if config.get("weights_revision") else ".")
+        if config.get("weights_from")
+        else "The weights are those of the base, unchanged."
+    )
+    block = json.dumps(pruning, indent=2)
+    base_name = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).resolve().name}`"
+    text = f"""---
+{chr(10).join(front)}
+---
+
+# {name}
+
+{base_name} whose visual tokens are pruned between the vision encoder and the projector, without training: {what}. The rule is
+that of ReDiPrune ([arXiv 2603.24680](https://arxiv.org/abs/2603.24680)) unless the method says otherwise.
+
+{weights} Licence: {licence or "that of the base"}.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor  # transformers 4.57: AutoModelForVision2Seq works, too
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+content = [{{"type": "video", "path": "clip.mp4"}}, {{"type": "text", "text": "What happens in this video?"}}]
+prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+inputs = processor(text=prompt, videos=["clip.mp4"], num_frames=8, return_tensors="pt")
+inputs = inputs.to(model.device, model.dtype)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+Another ratio for one call: `processor(..., keep_ratio=0.3)`. Another one for good: the `pruning` block of `config.json`, or
+`from_pretrained(..., pruning={{"keep_ratio": 0.3}})` of both model and processor. A ratio of 1 is the base model.
+
+## Pruning parameters
+
+```json
+{block}
+```
+
+## How it was made
+
+    {command}
+"""
+    (output / "README.md").write_text(text, encoding="utf-8")
+
+
+def base_licence(base_folder: Path):
+    """The licence that the base's card names; `None` if it names none."""
+    card = base_folder / "README.md"
+    if not card.exists():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    found = front and re.search(r"^license:\s*(\S+)\s*$", front.group(1), re.MULTILINE)
+    return found.group(1) if found else None
+
+
+# -- writing and pushing -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_folder(output, force: bool):
+    """A new folder that takes the place of `output` (`None`: of nothing) when the block ends well, and else goes away."""
+    if output is not None and output.exists():
+        check_replaceable(output, force)
+    parent = None if output is None else output.absolute().parent
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".export-", suffix=".part", dir=parent))
+    try:
+        yield temporary
+        if output is not None:
+            temporary.chmod(0o755)
+            if output.exists():
+                old = Path(tempfile.mkdtemp(prefix=".export-", suffix=".old", dir=parent))
+                os.replace(output, old / "old")
+                os.replace(temporary, output)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(output: Path, force: bool) -> None:
+    if not force:
+        raise ExportError(f"{output} exists already; choose another --output, or pass --force to replace it")
+    try:
+        is_variant = portability.read_json(output / "config.json")["model_type"] == configuration.ReDiPruneConfig.model_type
+    except (OSError, ValueError, KeyError):
+        is_variant = output.is_dir() and not any(output.iterdir())
+    if not is_variant or (output / ".git").exists():
+        raise ExportError(f"{output} is not an exported variant, so --force does not replace it; choose another --output")
+
+
+def push(folder: Path, args, message: str) -> str:
+    """Uploads the folder in one commit. Returns the address of the repository."""
+    api = HfApi()
+    try:
+        url = api.create_repo(args.push_to_hub, private=args.private or None, exist_ok=True)
+        if args.revision is not None:
+            api.create_branch(args.push_to_hub, branch=args.revision, exist_ok=True)
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=args.push_to_hub,
+            revision=args.revision,
+            commit_message=message,
+            delete_patterns=list(WEIGHT_PATTERNS),  # those of an earlier export that this one has not
+        )
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise ExportError(
+                f"{args.push_to_hub} cannot be written with your token (status {status}): log in with `hf auth login` and a "
+                "token that may write, in a namespace that is yours"
+            ) from error
+        raise ExportError(f"pushing to {args.push_to_hub} failed; nothing on the Hub was changed: {error}") from error
+    except Exception as error:  # connection errors are of another class in each generation of the client
+        raise ExportError(f"pushing to {args.push_to_hub} failed; is the Hub reachable? {error}") from error
+    return str(url)
+
+
+def check_result(folder: Path, base: Path) -> None:
+    """Loads the result in a fresh process and compares it with the base.
+
+    Raises:
+        ExportError: it does not load, or its logits at ratio 1 are not those of the base.
+    """
+    command = [sys.executable, str(ROOT / "scripts" / "check_variant.py"), str(folder), "--base", str(base)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise ExportError(f"the result was not kept, because it did not pass its check:\n{result.stderr.strip()[-3000:]}")
+    print(result.stdout.strip())
+
+
+def as_size(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value /= 1000
+    else:
+        unit = "TB"
+    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def list_files(folder: Path, weights: dict) -> str:
+    """What a variant consists of, by size; `weights` are files that are not in the folder (yet)."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()} | weights
+    lines = [f"{as_size(size):>12}  {name}" for name, size in sorted(sizes.items())]
+    return "\n".join([*lines, f"{as_size(sum(sizes.values())):>12}  in {len(sizes)} files"])
+
+
+def export(args) -> None:
+    if args.push_to_hub and not args.dry_run and get_token() is None:
+        raise ExportError("--push-to-hub needs a token that may write: log in with `hf auth login`, or set HF_TOKEN")
+    if args.link and args.push_to_hub and Path(args.base).is_dir():
+        raise ExportError(f"--link --push-to-hub: the weights in the folder {args.base} cannot be reached by others; use --copy")
+    pruning = configuration.PruningConfig.from_value(args.pruning).to_dict()
+    needs_weights = not args.link or not (args.no_check or args.dry_run)
+    base_folder, commit = fetch_base(args.base, args.base_revision, weights=needs_weights and not args.dry_run)
+    read_config(base_folder)
+    weights = [] if args.link or args.dry_run and commit is not None else list_weights(base_folder)
+    link = {}
+    if args.link:
+        link = {"weights_from": args.base if commit else str(base_folder.resolve()), "weights_revision": commit}
+    name = args.push_to_hub or args.output.name
+    with whole_folder(None if args.dry_run else args.output, args.force) as folder:
+        convert_files(base_folder, folder, pruning, **link)
+        config = portability.read_json(folder / "config.json")
+        write_card(folder, name, args.base, base_folder, config, command_line())
+        if args.dry_run:
+            sizes = {file: (base_folder / file).stat().st_size for file in weights}
+            print(f"would write to {' and '.join(str(place) for place in (args.output, args.push_to_hub) if place)}:")
+            print(list_files(folder, sizes))
+            if not args.link and commit is not None:
+                print("and the weights of the base")
+            return
+        copy_weights(base_folder, folder, weights)
+        if not args.no_check:
+            check_result(folder, base_folder)
+        print(list_files(folder, {}))
+        if args.push_to_hub:
+            message = args.commit_message or f"{pruning['method']} at keep ratio {pruning['keep_ratio']} of {args.base}"
+            print(f"pushed to {push(folder, args, message)}")
+    if args.output:
+        print(f"written to {args.output}")
+
+
+def command_line() -> str:
+    return " ".join(["python", "scripts/export.py", *sys.argv[1:]])
+
+
+def main():
+    args = parse_arguments()
+    try:
+        export(args)
+    except (ExportError, ValueError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"nothing was written: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What the tests of publishing do in fresh processes: `python steps.py STEP '{"argument": ...}'` prints one JSON object.
+
+A step runs under whichever transformers its interpreter has, and knows nothing of the tests' own package."""
+
+import json
+import os
+import sys
+import zlib
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoProcessor
+
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
+QUESTION = "what colour is the star ?"
+
+
+def auto_classes() -> list:
+    return [getattr(transformers, name) for name in AUTO_CLASSES if hasattr(transformers, name)]
+
+
+def load(repo, **kwargs) -> tuple:
+    model = transformers.AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True, **kwargs)
+    return model.eval(), AutoProcessor.from_pretrained(repo, trust_remote_code=True, **kwargs)
+
+
+def pixels(*shape) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def video_inputs(processor, **kwargs) -> dict:
+    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(text=prompt, videos=[pixels(4, 32, 32, 3)], **kwargs)
+
+
+@torch.no_grad()
+def fingerprint(model, processor) -> dict:
+    """What has to be the same wherever a variant was loaded: the keep ratio, the prompt, and the logits."""
+    inputs = video_inputs(processor)
+    logits = model(**inputs).logits[0, -1]
+    new_tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return {
+        "keep_ratio": model.config.pruning.keep_ratio,
+        "prompt": zlib.crc32(inputs["input_ids"].numpy().tobytes()),
+        "pixels": float(inputs["pixel_values_videos"].sum()),
+        "logits": logits[:16].tolist(),
+        "answer": new_tokens.tolist(),
+    }
+
+
+def fails(function, *args, **kwargs) -> str:
+    """Name and message of the error that the call ends in."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def push(folder, repo) -> dict:
+    """Pushes model and processor, an edited config, a branch and a private repository."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    model, processor = load(folder)
+    seen = fingerprint(model, processor)
+    model.push_to_hub(repo)
+    processor.push_to_hub(repo)
+    first = api.model_info(repo).sha
+    model.config.pruning.keep_ratio = 0.5
+    model.push_to_hub(repo)
+    api.create_branch(repo, branch="half")
+    model.config.pruning.keep_ratio = 0.75
+    model.push_to_hub(repo, revision="half")
+    model.push_to_hub(f"{repo}-private", private=True)
+    processor.push_to_hub(f"{repo}-private", private=True)
+    return {"first": first, "seen": seen, "files": sorted(api.list_repo_files(repo))}
+
+
+def load_by_id(repo, first) -> dict:
+    """Loads by id, by every Auto class, pinned and from a branch; a private repository without a token."""
+    config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
+    classes = {}
+    for auto_class in auto_classes():
+        model = auto_class.from_pretrained(repo, trust_remote_code=True)
+        classes[auto_class.__name__] = type(model).__name__
+    private = {key: fails(call, f"{repo}-private", trust_remote_code=True, token=False) for key, call in {
+        "model": transformers.AutoModelForImageTextToText.from_pretrained,
+        "processor": AutoProcessor.from_pretrained,
+    }.items()}
+    return {
+        "classes": classes,
+        "config": type(config).__name__,
+        "auto_map": config.auto_map,
+        "main": fingerprint(*load(repo)),
+        "pinned": fingerprint(*load(repo, revision=first)),
+        "branch": load(repo, revision="half")[0].config.pruning.keep_ratio,
+        "with token": load(f"{repo}-private")[0].config.pruning.keep_ratio,
+        "private": private,
+    }
+
+
+def download(repo, folder) -> dict:
+    from huggingface_hub import snapshot_download
+
+    return {"folder": snapshot_download(repo, local_dir=folder)}
+
+
+def load_offline(repo, folder) -> dict:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    return {"cached": fingerprint(*load(repo)), "snapshot": fingerprint(*load(folder))}
+
+
+def broken_push(repo) -> dict:
+    """Pushes a change that does not arrive."""
+    model, _ = load(repo)
+    model.config.pruning.keep_ratio = 0.9
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return {"error": fails(model.push_to_hub, repo)}
+
+
+def load_errors(cases) -> dict:
+    """For each name the error that loading a repository or folder ends in."""
+    auto_class = transformers.AutoModelForImageTextToText
+    return {name: fails(auto_class.from_pretrained, repo, trust_remote_code=True) for name, repo in cases.items()}
+
+
+def linked(repo, folder) -> dict:
+    """Loads a linked variant, saves it again as it is and materialised, and loads both."""
+    model, processor = load(repo)
+    model.save_pretrained(f"{folder}/linked")
+    processor.save_pretrained(f"{folder}/linked")
+    model.save_pretrained(f"{folder}/materialised", materialise=True)
+    processor.save_pretrained(f"{folder}/materialised")
+    results = {"loaded": fingerprint(model, processor), "weights_from": model.config.weights_from}
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    model.save_pretrained(f"{folder}/trained")
+    for name in ("linked", "materialised", "trained"):
+        saved, _ = load(f"{folder}/{name}") if name != "trained" else (None, None)
+        results[name] = {
+            "weights": any(file.endswith(".safetensors") for file in os.listdir(f"{folder}/{name}")),
+            "fingerprint": fingerprint(saved, processor) if saved is not None else None,
+        }
+    return results
+
+
+def linked_offline(repo) -> dict:
+    return fingerprint(*load(repo))
+
+
+if __name__ == "__main__":
+    step, arguments = sys.argv[1], json.loads(sys.argv[2])
+    print(json.dumps(globals()[step](**arguments)))
