@@ -3,13 +3,27 @@
 import math
 import os
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from transformers import LlavaNextVideoConfig
 
 from .methods_rediprune import METHODS
 from .relevance_rediprune import RELEVANCES
 from .selection_rediprune import CANDIDATE_POOLS, QUERY_WEIGHTINGS
+
+if TYPE_CHECKING:
+    # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
+    # names itself, so each of the three that `auto_map` names lists all that it rests on.
+    from .method_base_rediprune import Method  # noqa: F401
+    from .method_cdpruner_rediprune import CDPruner  # noqa: F401
+    from .method_controls_rediprune import Random  # noqa: F401
+    from .method_coverage_rediprune import Scope  # noqa: F401
+    from .method_divprune_rediprune import DivPrune  # noqa: F401
+    from .method_evoprune_rediprune import EvoPrune  # noqa: F401
+    from .method_prumerge_rediprune import PruMerge  # noqa: F401
+    from .method_rediprune import ReDiPrune  # noqa: F401
+    from .method_trim_rediprune import Trim  # noqa: F401
+    from .method_visionzip_rediprune import VisionZip  # noqa: F401
 
 LINK_KEYS = ("weights_from", "weights_revision")
 BASE_MODEL_TYPE = LlavaNextVideoConfig.model_type

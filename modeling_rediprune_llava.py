@@ -5,7 +5,7 @@ import os
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,18 @@ from .methods_rediprune import METHODS
 from .positions_rediprune import image_offsets, pooled_places, position_gaps, video_offsets
 from .relevance_rediprune import attention_relevance, attention_rows, cosine_relevance, stack_rows, word_rows
 from .selection_rediprune import align_query, build_query
+
+if TYPE_CHECKING:
+    # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
+    # names itself, so each of the three that `auto_map` names lists all that it rests on.
+    from .method_cdpruner_rediprune import CDPruner  # noqa: F401
+    from .method_controls_rediprune import Random  # noqa: F401
+    from .method_coverage_rediprune import Scope  # noqa: F401
+    from .method_divprune_rediprune import DivPrune  # noqa: F401
+    from .method_evoprune_rediprune import EvoPrune  # noqa: F401
+    from .method_prumerge_rediprune import PruMerge  # noqa: F401
+    from .method_rediprune import ReDiPrune  # noqa: F401
+    from .method_trim_rediprune import Trim  # noqa: F401
 
 logger = logging.get_logger(__name__)
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import BatchFeature, LlavaNextVideoProcessor
@@ -13,10 +14,25 @@ from transformers.video_utils import make_batched_metadata, make_batched_videos
 
 from .configuration_rediprune import AUTO_MAP, PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import image_grids, num_placeholders, video_grids
-from .methods_rediprune import METHODS  # noqa: F401  4.57 copies what this file imports, and not what those files import
 from .portability_rediprune import make_portable
-from .selection_rediprune import count_kept  # noqa: F401  as above
 from .video_rediprune import frame_indices, read_video
+
+if TYPE_CHECKING:
+    # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
+    # names itself, so each of the three that `auto_map` names lists all that it rests on.
+    from .method_base_rediprune import Method  # noqa: F401
+    from .method_cdpruner_rediprune import CDPruner  # noqa: F401
+    from .method_controls_rediprune import Random  # noqa: F401
+    from .method_coverage_rediprune import Scope  # noqa: F401
+    from .method_divprune_rediprune import DivPrune  # noqa: F401
+    from .method_evoprune_rediprune import EvoPrune  # noqa: F401
+    from .method_prumerge_rediprune import PruMerge  # noqa: F401
+    from .method_rediprune import ReDiPrune  # noqa: F401
+    from .method_trim_rediprune import Trim  # noqa: F401
+    from .method_visionzip_rediprune import VisionZip  # noqa: F401
+    from .methods_rediprune import METHODS  # noqa: F401
+    from .relevance_rediprune import RELEVANCES  # noqa: F401
+    from .selection_rediprune import count_kept  # noqa: F401
 
 
 class ReDiPruneProcessorKwargs(ProcessingKwargs, total=False):
@@ -79,6 +95,9 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
         overrides = {} if pruning is None else {"pruning": pruning}
         config = ReDiPruneConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs, **overrides)
+        if not hasattr(LlavaNextVideoProcessor, "_process_videos"):
+            # 4.57 has two image processors and would take the slow one, whose pixels differ from those of 5.x.
+            kwargs.setdefault("use_fast", True)
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor.pruning = config.pruning
         processor.spatial_pool_stride = config.spatial_pool_stride

