@@ -98,7 +98,9 @@ class PruningConfig:
     method: str = _choice("rediprune", tuple(METHODS))
     keep_ratio: float = _setting(0.15, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
     relevance: Optional[str] = _setting(
-        None, lambda value: value is None or value in RELEVANCES, f"one of {', '.join(map(repr, RELEVANCES))} or None"
+        None,
+        lambda value: value is None or isinstance(value, str) and value in RELEVANCES,
+        f"one of {', '.join(map(repr, RELEVANCES))} or None",
     )
     alpha: float = _setting(0.5, _is_number, "a finite number (0 leaves diversity alone)")
     threshold: float = _setting(0.0, lambda value: _is_number(value) and -1 <= value <= 1, "a cosine in [-1, 1]")

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
+from rediprune.methods_rediprune import METHODS
 from transformers import LlavaNextVideoConfig
 
 from tiny import tiny_config
@@ -16,20 +17,23 @@ from tiny import tiny_config
 DEFAULTS = {
     "method": "rediprune",
     "keep_ratio": 0.15,
+    "relevance": None,
     "alpha": 0.5,
     "threshold": 0.0,
     "candidate_pool": "all",
     "max_candidates": None,
     "query_weighting": "exponential",
     "query_max_tokens": 128,
+    "encoder_keep_ratio": 0.5,
     "pooling": "before",
     "positions": "compact",
     "seed": 0,
 }
+METHOD_NAMES = ", ".join(map(repr, METHODS))
 # For each key the values that it refuses, and what its message must say is allowed.
 REFUSED = [
-    ("method", "divprun", "'rediprune', 'random', 'uniform', 'none'"),
-    ("method", ["rediprune"], "'rediprune', 'random', 'uniform', 'none'"),
+    ("method", "divprun", METHOD_NAMES),
+    ("method", ["rediprune"], METHOD_NAMES),
     ("keep_ratio", 0, r"a number in (0, 1]"),
     ("keep_ratio", -0.1, r"a number in (0, 1]"),
     ("keep_ratio", 1.01, r"a number in (0, 1]"),
@@ -38,6 +42,8 @@ REFUSED = [
     ("keep_ratio", "0.15", r"a number in (0, 1]"),
     ("keep_ratio", True, r"a number in (0, 1]"),
     ("keep_ratio", None, r"a number in (0, 1]"),
+    ("relevance", "clip", "'pooled', 'projected', 'attention' or None"),
+    ("relevance", 1, "'pooled', 'projected', 'attention' or None"),
     ("alpha", math.nan, "a finite number"),
     ("alpha", "0.5", "a finite number"),
     ("threshold", 1.5, "a cosine in [-1, 1]"),
@@ -48,6 +54,8 @@ REFUSED = [
     ("query_weighting", "linear", "'exponential', 'self_attention', 'middle_peak', 'average', 'none'"),
     ("query_max_tokens", 0, "a positive integer"),
     ("query_max_tokens", True, "a positive integer"),
+    ("encoder_keep_ratio", 0, r"a number in (0, 1]"),
+    ("encoder_keep_ratio", 1.5, r"a number in (0, 1]"),
     ("pooling", "after", "'before', 'skip'"),
     ("positions", "absolute", "'compact', 'original'"),
     ("seed", -1, "a non-negative integer"),
@@ -56,12 +64,14 @@ REFUSED = [
 OTHER_THAN_DEFAULT = {
     "method": "random",
     "keep_ratio": 0.3,
+    "relevance": "attention",
     "alpha": 1.25,
     "threshold": 0.25,
     "candidate_pool": "algorithm1",
     "max_candidates": 12,
     "query_weighting": "average",
     "query_max_tokens": 7,
+    "encoder_keep_ratio": 0.75,
     "pooling": "skip",
     "positions": "original",
     "seed": 3,

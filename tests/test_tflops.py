@@ -1,0 +1,59 @@
+"""The TFLOPs of the ReDiPrune paper's tables, to the digits that it prints; text lengths are those of the benchmarks' questions
+plus the prompt template, where the paper leaves them open."""
+
+import pytest
+import torch
+from encoder_cost import count_flops
+from rediprune.clip_rediprune import encode_and_merge
+from tflops import attention_relevance, encoder, prefill
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+IMAGE_BENCHMARKS = (23, 83, 25, 21, 91)  # GQA, MMBench, MME, POPE, ScienceQA
+
+
+def mean(visual_tokens, texts):
+    return sum(prefill(visual_tokens, text) for text in texts) / len(texts)
+
+
+@pytest.mark.parametrize("full, kept, texts, cost, pruned, share", [
+    (2056, 206, (28, 21), 11.606, 1.174, 10.11),  # Video-LLaVA, ActivityNet-QA and Video-ChatGPT
+    (2056, 308, (38, 196), 12.177, 2.188, 17.86),  # Video-LLaVA, NextQA and EgoSchema
+    (4608, 464, (64, 57), 29.211, 2.712, 9.28),  # LLaVA-NeXT-Video, unpooled
+    (4608, 688, (60, 249), 29.918, 4.429, 14.77),
+    (1152, 464, (64, 57), 6.488, 2.712, 41.80),  # the same against the native, pooled baseline
+    (1152, 688, (69, 240), 7.025, 4.428, 62.88),
+    (1152, 112, (64, 57), 6.488, 0.876, 13.50),  # pruned after pooling
+    (1152, 176, (69, 240), 7.025, 1.694, 23.79),
+    (576, 58, IMAGE_BENCHMARKS, 3.246, 0.540, 16.42),  # LLaVA-1.5; the paper prints 2.23 for 3.246, its shares imply 3.24
+    (576, 229, IMAGE_BENCHMARKS, 3.246, 1.418, 43.53),  # PruMerge+
+])  # fmt: skip
+def test_prefill(full, kept, texts, cost, pruned, share):
+    assert mean(full, texts) == pytest.approx(cost, abs=1.01e-3)
+    assert mean(kept, texts) == pytest.approx(pruned, abs=5.01e-4)
+    shares = [prefill(kept, text) / prefill(full, text) for text in texts]
+    assert 100 * sum(shares) / len(shares) == pytest.approx(share, abs=0.01)
+
+
+def test_encoder():
+    assert encoder() == pytest.approx(0.18267, abs=1e-5)  # 23 layers of CLIP-L on 577 tokens
+    assert encoder(58) / encoder() == pytest.approx(0.394, abs=1e-3)
+    assert encoder(86) / encoder() == pytest.approx(0.439, abs=1e-3)
+
+
+@pytest.mark.parametrize("size, kept", [(144, 14), (144, 22), (576, 58), (576, 86)])
+def test_attention_relevance_costs_under_a_hundredth_of_what_it_saves(size, kept):
+    saved = prefill(8 * size, 60) - prefill(8 * kept, 60)
+    assert attention_relevance(8 * size, 60) / saved < 0.01
+
+
+@torch.no_grad()
+def test_counted_flops_of_the_encoder():
+    """What torch counts is the formula: two operations for each multiply-add, and a little for comparing and merging."""
+    config = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=32, patch_size=4
+    )
+    tower, pixels = CLIPVisionModel(config), torch.randn(1, 3, 32, 32)
+    sizes = {"num_patches": 64, "layers": 5, "width": 256, "mlp_width": 1024}
+    whole, merged = (count_flops(lambda: encode_and_merge(tower, pixels, 5, kept)) for kept in (64, 9))  # noqa: B023
+    expected = 2e12 * (encoder(64, **sizes) - encoder(9, **sizes))
+    assert 0.9 * expected < whole - merged < expected
