@@ -133,8 +133,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
         Raises:
             OSError: the base of a linked variant cannot be loaded.
-            ValueError: the checkpoint lacks a tensor of the model or holds one that the model does not have (the message
-                names them), or the base of a linked variant is of another architecture.
+            ValueError: the checkpoint lacks a tensor of the model, or holds one that the model does not have or has in
+                another shape (the message names them), or the base of a linked variant is of another architecture.
         """
         variant = pretrained_model_name_or_path
         source, kwargs = follow_link(variant, kwargs)
@@ -147,17 +147,24 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _load(cls, *args, output_loading_info, **kwargs):
-        model, info = super().from_pretrained(*args, output_loading_info=True, **{**LOADING_OPTIONS, **kwargs})
+    def _load(cls, *args, output_loading_info, ignore_mismatched_sizes=False, **kwargs):
+        # With mismatches ignored they are all reported, by name, in both lines.
+        model, info = super().from_pretrained(
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **{**LOADING_OPTIONS, **kwargs}
+        )
+        bad = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys")}
+        if not ignore_mismatched_sizes:
+            # 5.x adds the two shapes to each name.
+            bad["mismatched_keys"] = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
         problems = [
-            f"{len(info[key])} {key.replace('_', ' ')} ({', '.join(sorted(info[key])[:5])}{', ...' if len(info[key]) > 5 else ''})"
-            for key in ("missing_keys", "unexpected_keys")
-            if info[key]
+            f"{len(names)} {key.replace('_', ' ')} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+            for key, names in bad.items()
+            if names
         ]
         if problems:
             raise ValueError(
-                f"the checkpoint does not fit {cls.__name__}: {'; '.join(problems)}. Missing tensors would be random and "
-                "unexpected ones lost, so nothing was loaded; check that the files belong to this config.json."
+                f"the checkpoint does not fit {cls.__name__}: {'; '.join(problems)}. Missing and mismatched tensors would be "
+                "random and unexpected ones lost, so nothing was loaded; check that the files belong to this config.json."
             )
         return (model, info) if output_loading_info else model
 

@@ -1,19 +1,18 @@
 """Trains the embedded checkpoint: a small LLaVA-NeXT-Video that answers questions about the toy world.
 
-Everything starts from random weights and runs on a CPU in about an hour. Three stages, each resumable:
+Everything starts from random weights and runs on two CPU cores in little more than an hour. Two stages, each resumable:
 
 1. vision    the vision tower learns what covers each patch and where the patch is (dense labels at the tapped layer), and its
              class token learns which objects are there
 2. language  the tower is frozen and its features are cached; projector and language model learn to answer. Many questions
              share one visual prefix: each attends to the prefix and to itself only
-3. joint     everything is trained together at a small learning rate
 
 The model always sees all visual tokens: pruning is training-free, so the checkpoint must not have met it.
 
 Examples:
     python scripts/train_embedded.py --work-dir runs/embedded --output runs/embedded/export
     python scripts/train_embedded.py --work-dir runs/quick --output runs/quick/export \\
-        --vision-steps 200 --language-steps 300 --joint-steps 0
+        --vision-steps 200 --language-steps 600 --frame-steps 200
 
 A killed run goes on where it stopped when it is started again with the same arguments.
 """
@@ -440,7 +439,7 @@ class PositionHead(nn.Module):
 
 
 class Questioner:
-    """Draws the batches of the language and joint stages."""
+    """Draws the batches of the language stage."""
 
     def __init__(self, model, tokenizer: Tokenizer):
         self.model = model
@@ -604,7 +603,7 @@ def train_language(run: Run, model, tokenizer: Tokenizer, steps: int, peak: floa
     for step, optimizer, seconds in run.steps("language", steps, peak, {"model": model, "head": head}, parameters):
         rng = run.rng(3, step)
         warm = step < args.frame_steps
-        kind = "frames" if warm else rng.choice(["videos", "images", "frames"], p=[0.6, 0.25, 0.15])
+        kind = "frames" if warm else rng.choice(["videos", "images", "frames"], p=[0.5, 0.4, 0.1])
         pools["video"].grow(1 + step // args.shard_steps)
         if not warm:
             pools["image"].grow(1 + (step - args.frame_steps) // args.shard_steps)
@@ -671,68 +670,13 @@ def summary(hits: dict[str, list[bool]]) -> dict[str, float]:
     return accuracy | {"all": round(float(np.mean(everything)), 4), "questions": len(everything)}
 
 
-def joint_batch(
-    rng: np.random.Generator, image_processor: LlavaNextImageProcessor
-) -> tuple[list[Scene], torch.Tensor, list[np.ndarray]]:
-    """Fresh scenes, four videos or eight images of one size, with their pixels (N, 3, 96, 96) and patch labels."""
-    scenes, pixels, labels = [], [], []
-    if rng.random() < 0.65:
-        for _ in range(4):
-            scene = sample_video(int(rng.integers(HELD_OUT_START)))
-            scenes.append(scene)
-            pixels.append(frames_to_pixels(scene.frames))
-            labels += [patch_labels(scene.things, object_map(scene, t)) for t in range(NUM_FRAMES)]
-    else:
-        size = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
-        while len(scenes) < 8:
-            scene = sample_image(int(rng.integers(HELD_OUT_START)))
-            if scene.frames.shape[1:3] == size:
-                scenes.append(scene)
-                pixels.append(image_to_pixels(image_processor, scene))
-                labels += [patch_labels(scene.things, view) for view in view_maps(object_map(scene))]
-    return scenes, torch.cat(pixels), labels
-
-
-def train_joint(run: Run, model, tokenizer: Tokenizer, steps: int, peak: float) -> None:
-    """Everything together on fresh scenes; the dense labels stay, so that the tower keeps what it knows."""
-    tower, heads = model.model.vision_tower, VisionHeads(model.config.vision_config.hidden_size)
-    if steps and run.path("vision").exists():
-        heads.load_state_dict(torch.load(run.path("vision"))["heads"])
-    questioner, image_processor = Questioner(model, tokenizer), build_image_processor()
-    parameters = [*model.parameters(), *heads.parameters()]
-    recent: defaultdict[str, list[float]] = defaultdict(list)
-    for step, optimizer, seconds in run.steps("joint", steps, peak, {"model": model, "heads": heads}, parameters):
-        rng = run.rng(4, step)
-        scenes, pixels, labels = joint_batch(rng, image_processor)
-        kind = "videos" if len(scenes[0].frames) > 1 else "images"
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = tower(pixels, output_hidden_states=True)
-            dense_loss = vision_loss(*heads(outputs), *dense_targets(labels))
-            features = outputs.hidden_states[model.config.vision_feature_layer][:, 1:]
-            if kind == "videos":
-                features = model.model.vision_resampler(features)
-            features = features.unflatten(0, (len(scenes), -1))
-            samples = [Sample(part, scene) for part, scene in zip(features, scenes, strict=True)]
-            visual, pack = getattr(questioner, kind)(samples, features, rng)
-            answer_loss, right = answer_pack(model, pack, visual)
-        update(optimizer, answer_loss + 0.3 * dense_loss)
-        remember(recent, kind, pack, right)
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            run.log(
-                stage="joint", step=step + 1, seconds=round(seconds), loss=round(answer_loss.item(), 4),
-                dense_loss=round(dense_loss.item(), 4), training=averages(recent),
-            )
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            held_out = evaluate(model, tokenizer, held_out_scenes(model, TEST_SCENES))
-            run.log(stage="joint", step=step + 1, seconds=round(seconds), held_out=held_out)
-
-
 # --------------------------------------------------------------------------------------------------------------- export
 
 
-# Module names of transformers 5.x and the weight names of the public LLaVA-NeXT-Video checkpoints, which both lines read.
+# Module names and the weight names of the public LLaVA-NeXT-Video checkpoints, which transformers 4.57 and 5.x read.
 PUBLIC_NAMES = {
-    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.vision_tower.vision_model.": "vision_tower.vision_model.",  # 4.57
+    "model.vision_tower.": "vision_tower.vision_model.",  # 5.x
     "model.language_model.": "language_model.model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
     "model.image_newline": "image_newline",
@@ -860,8 +804,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", **number, default=0, help="seed of weights and batches (default: %(default)s)")
     parser.add_argument("--threads", **number, default=os.cpu_count(), help="CPU threads (default: one for each core)")
     parser.add_argument("--vision-steps", **number, default=900, help="default: %(default)s")
-    parser.add_argument("--language-steps", **number, default=7500, help="default: %(default)s")
-    parser.add_argument("--joint-steps", **number, default=2400, help="default: %(default)s; 0 leaves the stage out")
+    parser.add_argument("--language-steps", **number, default=9000, help="default: %(default)s")
     parser.add_argument("--frame-steps", **number, default=2000, help="language steps on single frames (default: %(default)s)")
     parser.add_argument("--video-shards", **number, default=7, help=f"{SHARD} training videos each (default: %(default)s)")
     parser.add_argument("--image-shards", **number, default=3, help=f"{SHARD} training images each (default: %(default)s)")
@@ -882,7 +825,6 @@ def main() -> None:
     run = Run(args.work_dir, args.seed)
     train_vision(run, model, args.vision_steps, 1.5e-3)
     train_language(run, model, tokenizer, args.language_steps, 1e-3, args)
-    train_joint(run, model, tokenizer, args.joint_steps, 5e-4)
     export(model, tokenizer, args.output)
     run.log(stage="final", scenes=args.evaluate, held_out=evaluate_generation(args.output, args.evaluate))
     shutil.copy(run.log_path, args.output / "training_log.jsonl")

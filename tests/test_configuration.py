@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
 from rediprune.methods_rediprune import METHODS
+from rediprune.methods_rediprune import METHODS
 from transformers import LlavaNextVideoConfig
 
 from tiny import tiny_config
@@ -44,6 +45,8 @@ REFUSED = [
     ("keep_ratio", None, r"a number in (0, 1]"),
     ("relevance", "clip", "'pooled', 'projected', 'attention' or None"),
     ("relevance", 1, "'pooled', 'projected', 'attention' or None"),
+    ("relevance", "cosine", "one of 'pooled', 'projected', 'attention' or None"),
+    ("relevance", ["pooled"], "one of 'pooled', 'projected', 'attention' or None"),
     ("alpha", math.nan, "a finite number"),
     ("alpha", "0.5", "a finite number"),
     ("threshold", 1.5, "a cosine in [-1, 1]"),
@@ -56,6 +59,8 @@ REFUSED = [
     ("query_max_tokens", True, "a positive integer"),
     ("encoder_keep_ratio", 0, r"a number in (0, 1]"),
     ("encoder_keep_ratio", 1.5, r"a number in (0, 1]"),
+    ("encoder_keep_ratio", 0, r"a number in (0, 1]"),
+    ("encoder_keep_ratio", "half", r"a number in (0, 1]"),
     ("pooling", "after", "'before', 'skip'"),
     ("positions", "absolute", "'compact', 'original'"),
     ("seed", -1, "a non-negative integer"),
@@ -264,7 +269,7 @@ def test_equality_sees_the_block():
 BLOCKS = st.fixed_dictionaries(
     {},
     optional={
-        "method": st.sampled_from(["rediprune", "random", "uniform", "none"]),
+        "method": st.sampled_from(list(METHODS)),
         "keep_ratio": st.floats(0, 1, exclude_min=True) | st.just(1),
         "alpha": st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5),
         "query_weighting": st.sampled_from(["exponential", "self_attention", "middle_peak", "average", "none"]),
