@@ -20,15 +20,15 @@ def follow_link(variant, kwargs: dict) -> tuple:
     Where `from_pretrained(variant, **kwargs)` finds the weights.
 
     Returns:
-        The folder or Hub id of the weights and the arguments that load them from there, with the config and the generation
-        config of the variant; `(variant, kwargs)` unchanged where the variant holds its own weights.
+        The folder or Hub id of the weights and the arguments that load them from there, with the config of the variant;
+        `(variant, kwargs)` unchanged where the variant holds its own weights.
 
     Raises:
         OSError: the base of a linked variant cannot be reached.
         ValueError: the base is of another architecture, or linked itself.
     """
     config = kwargs.get("config")
-    hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
+    hub = _hub_arguments(kwargs)
     if isinstance(config, LlavaNextVideoConfig):  # the Auto classes import this repository's class once more, as another
         config, rest = copy.deepcopy(config), kwargs
     elif variant is None:
@@ -53,8 +53,6 @@ def follow_link(variant, kwargs: dict) -> tuple:
     with explained(config, variant):
         check_base(base, base_hub)
     rest = {key: value for key, value in rest.items() if key not in (*HUB_KEYS, "_commit_hash")}
-    if rest.get("generation_config") is None:
-        rest["generation_config"] = _generation_config(variant, hub)
     adapter = rest.get("adapter_kwargs") or {}
     if "_adapter_model_path" not in adapter:  # looked for at the base, where the variant's revision is unknown
         rest["adapter_kwargs"] = {**adapter, "revision": base_hub.get("revision")}
@@ -107,12 +105,30 @@ def explained(config, variant):
         ) from error
 
 
-def _generation_config(variant, hub: dict):
-    """The variant's own; `None`, for that of the base, where it has none."""
+@contextmanager
+def damage_explained(source):
+    """Turns the error of a safetensors file that is cut short into one that says what to do."""
     try:
-        return GenerationConfig.from_pretrained(variant, **hub)
+        yield
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        message = f"a weights file (.safetensors) of {str(source)!r} is truncated or damaged: {error}. Download it again."
+        raise OSError(message) from error
+
+
+def own_generation_config(model, variant, kwargs: dict):
+    """The generation config that a linked variant has of its own; the model's, which is the base's, where it has none."""
+    if kwargs.get("generation_config") is not None:
+        return model.generation_config
+    try:
+        return GenerationConfig.from_pretrained(variant, **_hub_arguments(kwargs))
     except OSError:
-        return None
+        return model.generation_config
+
+
+def _hub_arguments(kwargs: dict) -> dict:
+    return {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
 
 
 def sample_weights(model) -> dict:

@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple, logging
 from .clip_rediprune import encode_and_merge, read_attention
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, num_unpruned, split_budget, token_sets, video_grids
-from .linking_rediprune import explained, follow_link, same_weights, sample_weights
+from .linking_rediprune import damage_explained, explained, follow_link, own_generation_config, same_weights, sample_weights
 from .method_base_rediprune import VisualTokens
 from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS
@@ -132,16 +132,18 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         config's `weights_from` says.
 
         Raises:
-            OSError: the base of a linked variant cannot be loaded.
+            OSError: the base of a linked variant cannot be loaded, or a weights file is damaged.
             ValueError: the checkpoint lacks a tensor of the model, or holds one that the model does not have or has in
                 another shape (the message names them), or the base of a linked variant is of another architecture.
         """
         variant = pretrained_model_name_or_path
-        source, kwargs = follow_link(variant, kwargs)
+        source, options = follow_link(variant, kwargs)
         if source is variant:
-            return cls._load(variant, *args, output_loading_info=output_loading_info, **kwargs)
-        with explained(kwargs["config"], variant):
-            model, info = cls._load(source, *args, output_loading_info=True, **kwargs)
+            with damage_explained(variant):
+                return cls._load(variant, *args, output_loading_info=output_loading_info, **options)
+        with explained(options["config"], variant), damage_explained(source):
+            model, info = cls._load(source, *args, output_loading_info=True, **options)
+        model.generation_config = own_generation_config(model, variant, kwargs)
         model.name_or_path = model.config.name_or_path = str(variant)
         model._linked = (model.config.weights_from, model.config.weights_revision, sample_weights(model))
         return (model, info) if output_loading_info else model

@@ -1,0 +1,220 @@
+"""transformers' own common tests, run against the class of this repository and against the stock class.
+
+The tests come from the source archive of the installed release, at test time:
+
+    pip download --no-deps --no-binary :all: transformers==$(python -c "import transformers; print(transformers.__version__)")
+    TRANSFORMERS_SDIST=transformers-*.tar.gz python -m pytest tests/test_transformers_suite.py
+
+The archive holds `ModelTesterMixin` and `ConfigTester`. `GenerationTesterMixin` (tests/generation) is not in it, nor are the
+model folders, so generation is tested by this repository's own tests alone.
+"""
+
+import importlib
+import os
+import sys
+import tarfile
+import tempfile
+import types
+import unittest
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+SDIST = os.environ.get("TRANSFORMERS_SDIST")
+if not SDIST:
+    pytest.skip("TRANSFORMERS_SDIST does not name the source archive of transformers", allow_module_level=True)
+pytest.importorskip("parameterized")
+
+from rediprune.configuration_rediprune import ReDiPruneConfig  # noqa: E402
+from rediprune.geometry_rediprune import image_grids, num_placeholders, video_grids  # noqa: E402
+from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration  # noqa: E402
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig  # noqa: E402
+from transformers import LlavaNextVideoForConditionalGeneration  # noqa: E402
+
+# What the archive's files import, but the archive does not hold.
+ABSENT = {
+    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
+    "utils.test_configuration_utils": {"config_common_kwargs": {}},
+}
+
+
+def import_suite(folder):
+    """`test_modeling_common` and `test_configuration_common` of the archive, as modules of a package."""
+    package = folder / "transformers_suite"
+    version = transformers.__version__
+    with tarfile.open(SDIST) as archive:
+        prefix = f"transformers-{version}/tests/"
+        members = [member for member in archive if member.name.startswith(prefix) and member.isfile()]
+        if not members:
+            raise RuntimeError(f"{SDIST} holds no tests of transformers {version}; download the archive of that version")
+        for member in members:
+            path = package / member.name.removeprefix(prefix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.extractfile(member).read())
+    (package / "__init__.py").touch()
+    sys.path.insert(0, str(folder))
+    for name, contents in ABSENT.items():
+        parent, _, leaf = name.partition(".")
+        for full in (f"transformers_suite.{parent}", f"transformers_suite.{name}"):
+            module = sys.modules.setdefault(full, types.ModuleType(full))
+            module.__path__ = []
+        vars(module).update(contents)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pytest marks that are registered elsewhere
+        names = ("test_modeling_common", "test_configuration_common")
+        return [importlib.import_module(f"transformers_suite.{name}") for name in names]
+
+
+modeling, configuration = import_suite(Path(tempfile.mkdtemp(prefix="transformers-suite-")))
+
+IMAGE_SIZE, PATCH_SIZE, FRAMES, BATCH = 16, 4, 2, 3
+SIDE = IMAGE_SIZE // PATCH_SIZE
+IMAGE_TOKEN, VIDEO_TOKEN, VOCABULARY = 1, 2, 99
+
+
+class Tester:
+    """What the suite asks of a model's tester: a tiny config, and a prompt with one image and one video in every row."""
+
+    __test__ = False
+
+    def __init__(self, parent, config_class, **config):
+        self.parent, self.config_class, self.config = parent, config_class, config
+        self.batch_size, self.num_hidden_layers, self.hidden_size, self.num_attention_heads = BATCH, 2, 32, 4
+        self.is_training, self.text_tokens, self.pad_token_id = True, 7, 0
+        pruning = ReDiPruneConfig(**config).pruning if config else ReDiPruneConfig(pruning={"method": "none"}).pruning
+        self.image_tokens = num_placeholders(
+            image_grids([IMAGE_SIZE, IMAGE_SIZE], [[IMAGE_SIZE, IMAGE_SIZE]], IMAGE_SIZE, SIDE), pruning, newlines=True
+        )
+        self.video_tokens = num_placeholders(video_grids(FRAMES, SIDE, pruning.pooling, 2), pruning, newlines=False)
+        self.seq_length = self.image_tokens + self.video_tokens + self.text_tokens
+        self.encoder_seq_length = self.key_length = self.seq_length
+
+    def get_config(self):
+        text = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=3,
+            eos_token_id=4,
+        )
+        vision = CLIPVisionConfig(
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            hidden_size=32,
+            projection_dim=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+        return self.config_class(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=IMAGE_TOKEN,
+            video_token_index=VIDEO_TOKEN,
+            image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]],
+            image_seq_length=self.image_tokens,
+            video_seq_length=self.video_tokens,
+            **self.config,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        input_ids = torch.randint(5, VOCABULARY, (BATCH, self.seq_length))
+        input_ids[:, : self.image_tokens] = IMAGE_TOKEN
+        input_ids[:, self.image_tokens : self.image_tokens + self.video_tokens] = VIDEO_TOKEN
+        inputs = {
+            "pixel_values": torch.rand(BATCH, 2, 3, IMAGE_SIZE, IMAGE_SIZE),
+            "pixel_values_videos": torch.rand(BATCH, FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE),
+            "image_sizes": torch.full((BATCH, 2), IMAGE_SIZE),
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+        }
+        return self.get_config(), inputs
+
+    def prepare_config_and_inputs(self):
+        config, inputs = self.prepare_config_and_inputs_for_common()
+        return config, inputs["pixel_values"]
+
+
+def without(reason, *names):
+    """Tests of the suite that cannot hold, and why."""
+    return {name: unittest.skip(reason)(lambda self, *args: None) for name in names}
+
+
+# For all three classes.
+SETTING = {
+    **without("generation tests are not in the source archive", "test_generation_tester_mixin_inheritance"),
+    **without(
+        "expects one feature tensor for each image and video; here each image has two views and each video two frames, and "
+        "the stock class fails, too",
+        *(f"test_get_{kind}_features_output_{number}" for kind in ("image", "video") for number in range(3)),
+    ),
+}
+
+# For the class of this repository.
+OWN = {
+    **SETTING,
+    **without(
+        "saves weights without some tensors and expects to load them; here that is an error, so that weights are never random",
+        "test_correct_missing_keys",
+        "test_model_weights_reload_no_missing_tied_weights",
+    ),
+}
+
+
+class Common:
+    """What the three runs share."""
+
+    _is_composite = True
+    test_resize_embeddings = True
+    test_torch_exportable = False
+    test_all_params_have_gradient = False  # the tap is before the last vision layer
+    config_class, config = LlavaNextVideoConfig, {}
+
+    def setUp(self):
+        self.model_tester = Tester(self, self.config_class, **self.config)
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        """The suite knows by the names of the library's classes which of them take labels."""
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        return {**inputs, "labels": inputs["input_ids"].clone()} if return_labels else inputs
+
+
+class StockSuite(Common, modeling.ModelTesterMixin, unittest.TestCase):
+    """The stock class: what fails here is not of this repository's making."""
+
+    all_model_classes = (LlavaNextVideoForConditionalGeneration,)
+    locals().update(SETTING)
+
+
+class UnprunedSuite(Common, modeling.ModelTesterMixin, unittest.TestCase):
+    """Ratio 1."""
+
+    all_model_classes = (ReDiPruneLlavaNextVideoForConditionalGeneration,)
+    config_class, config = ReDiPruneConfig, {"pruning": {"keep_ratio": 1.0}}
+    locals().update(OWN)
+
+
+class PrunedSuite(Common, modeling.ModelTesterMixin, unittest.TestCase):
+    """Half of the visual tokens."""
+
+    all_model_classes = (ReDiPruneLlavaNextVideoForConditionalGeneration,)
+    config_class, config = ReDiPruneConfig, {"pruning": {"keep_ratio": 0.5}}
+    locals().update(OWN)
+
+
+class ConfigSuite(unittest.TestCase):
+    def setUp(self):
+        self.model_tester = Tester(self, ReDiPruneConfig, pruning={"keep_ratio": 0.5})
+        self.config_tester = configuration.ConfigTester(self, config_class=ReDiPruneConfig, has_text_modality=False)
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
