@@ -16,8 +16,23 @@ from transformers.utils import can_return_tuple, logging
 
 from .clip_rediprune import encode_and_merge, read_attention
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
-from .geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, num_unpruned, split_budget, token_sets, video_grids
-from .linking_rediprune import damage_explained, explained, follow_link, own_generation_config, same_weights, sample_weights
+from .geometry_rediprune import (
+    crop_of_tiles,
+    image_grids,
+    num_placeholders,
+    num_unpruned,
+    split_budget,
+    token_sets,
+    video_grids,
+)
+from .linking_rediprune import (
+    damage_explained,
+    explained,
+    follow_link,
+    own_generation_config,
+    same_weights,
+    sample_weights,
+)
 from .method_base_rediprune import VisualTokens
 from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS
@@ -70,9 +85,9 @@ class ReDiPruneCausalLMOutputWithPast(LlavaNextVideoCausalLMOutputWithPast):
         video_kept_indices: for each video one LongTensor (frames, k).
 
     Indices count in raster order within the grid of their set; of a merged token, it is the index of the token whose place
-    it takes. Those of tokens merged inside the vision tower may repeat where pooling makes the grid coarser. A method that takes all tokens of a medium jointly has a single LongTensor (1, k) for each image and video,
-    whose indices count through all frames, or through base view and tiles. `None` where the stock forward ran, which keeps
-    all.
+    it takes. Those of tokens merged inside the vision tower may repeat where pooling makes the grid coarser. A method that
+    takes all tokens of a medium jointly has a single LongTensor (1, k) for each image and video, whose indices count through
+    all frames, or through base view and tiles. `None` where the stock forward ran, which keeps all.
     """
 
     image_kept_indices: Optional[tuple] = None
@@ -89,7 +104,8 @@ class Medium:
         grids: its sets of tokens, a list of `TokenGrid`.
         row: the sample that it belongs to.
         sets: what the vision tower gives, by name: for each grid `"features"` (frames, L, C) and what else the method needs,
-            and where tokens were merged in the tower `"anchors"` (frames, L), their indices in the grid; or, for a method that takes all tokens jointly, a single set of one (1, L, C).
+            and where tokens were merged in the tower `"anchors"` (frames, L), their indices in the grid; or, for a method
+            that takes all tokens jointly, a single set of one (1, L, C).
         kept: for each of them (frames, k) indices of the tokens that stay, ascending.
         tokens: for each of them (frames, k, C) features of the tokens that stay.
     """

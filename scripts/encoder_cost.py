@@ -35,17 +35,17 @@ def count_flops(function) -> int:
     return counter.get_total_flops()
 
 
-def seconds(function, repeats: int, device: str) -> tuple:
-    """Median and range over `repeats` calls, after two to warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        start = time.perf_counter()
-        function()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        if repeat >= 2:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times), min(times), max(times)
+def time_in_turns(runs: dict, repeats: int, device: str) -> dict:
+    """For each of `runs` the seconds of `repeats` calls, after one to warm up; in turns, so that all see the same machine."""
+    times = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: values[1:] for name, values in times.items()}
 
 
 @torch.inference_mode()
@@ -59,19 +59,21 @@ def main():
     pixels = torch.randn(args.frames, 3, 336, 336, device=args.device, dtype=tower.dtype)
     clip = code("clip_rediprune")
     layers = clip.transformer(tower).encoder.layers
-    stock = lambda: tower(pixels)  # noqa: E731
-    print({**environment(), "device": args.device, "dtype": args.dtype, "frames": args.frames})
-    print("| patches left | operations (10^12) | of the full encoder | by formula | seconds (median, range) | of the full encoder |")
-    print("|---" * 6 + "|")
     del layers[23:]  # the tapped features are the output of layer 23 of 24
-    full_flops, full_time = count_flops(stock), seconds(stock, args.repeats, args.device)
-    for kept in [576, *args.kept]:
-        run = stock if kept == 576 else lambda: clip.encode_and_merge(tower, pixels, 23, kept)  # noqa: B023
-        flops, (median, low, high) = count_flops(run), seconds(run, args.repeats, args.device)
-        share = encoder(kept) / encoder()
+    runs = {576: lambda: tower(pixels)}
+    for kept in args.kept:
+        runs[kept] = lambda kept=kept: clip.encode_and_merge(tower, pixels, 23, kept)
+    times = time_in_turns(runs, args.repeats, args.device)
+    full_flops, full_time = count_flops(runs[576]), statistics.median(times[576])
+
+    print({**environment(), "device": args.device, "dtype": args.dtype, "frames": args.frames})
+    header = "patches left, operations (10^12), of the full encoder, by formula, seconds (median and range), of the full"
+    print("| " + header.replace(", ", " | ") + " |\n" + "|---" * 6 + "|")
+    for kept, run in runs.items():
+        flops, median = count_flops(run), statistics.median(times[kept])
         print(
-            f"| {kept} | {flops / 1e12:.3f} | {flops / full_flops:.1%} | {share:.1%} | {median:.4f} ({low:.4f} to {high:.4f}) "
-            f"| {median / full_time[0]:.1%} |"
+            f"| {kept} | {flops / 1e12:.3f} | {flops / full_flops:.1%} | {encoder(kept) / encoder():.1%} "
+            f"| {median:.4f} ({min(times[kept]):.4f} to {max(times[kept]):.4f}) | {median / full_time:.1%} |"
         )
 
 

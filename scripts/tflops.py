@@ -1,7 +1,7 @@
 """What pruning saves in multiply-adds, by the formula of the ReDiPrune paper.
 
-The paper counts a layer on n tokens of width d, with an MLP of width m, as 4 n d^2 + 2 n^2 d + 2 n d m, and the language model's
-prefill alone: no vision encoder, projector, selection, head or decoding; two of Llama's three MLP matrices; and multiply-adds,
+The paper counts a layer on n tokens of width d, with an MLP of width m, as 4 n d^2 + 2 n^2 d + 2 n d m, and the language
+model's prefill alone: no vision encoder, projector, selection, head or decoding; two of Llama's three MLP matrices; and multiply-adds,
 of which each is two floating-point operations. Its LLaVA-NeXT-Video numbers are for 576 tokens a frame, without the pooling
 to 144 that the checkpoint was trained with, so that the baseline is four times the native one: both are printed.
 
@@ -39,7 +39,9 @@ def prefill(visual_tokens: int, text_tokens: int, layers: int = 32, width: int =
 
 def encoder(num_kept: int = CLIP_L_PATCHES, num_patches: int = CLIP_L_PATCHES, layers=23, width=1024, mlp_width=4096) -> float:
     """The same of the vision encoder for one frame whose patches merge to `num_kept` (EvoPrune, reconstruction)."""
-    schedule = {} if num_kept == num_patches else code("method_evoprune_rediprune").merging_schedule(num_patches, num_kept, layers)
+    schedule = {}
+    if num_kept < num_patches:
+        schedule = code("method_evoprune_rediprune").merging_schedule(num_patches, num_kept, layers)
     total, tokens = 0, num_patches + 1
     for layer in range(layers):
         total += 4 * tokens * width**2 + 2 * tokens**2 * width
@@ -73,8 +75,8 @@ def main():
     print(f"LLaVA-NeXT-Video-7B, {frames} frames, {text} text tokens, in 10^12 multiply-adds")
     print(f"prefill, native (144 tokens a frame): {native:.3f}; without pooling (576 a frame): {unpooled:.3f}")
     print(f"vision encoder: {frames * encoder():.3f}\n")
-    print("| pooling | keep ratio | tokens | prefill | of native | of 576 a frame | encoder with evoprune | relevance \"attention\" |")
-    print("|---" * 8 + "|")
+    header = "pooling, keep ratio, tokens, prefill, of native, of 576 a frame, encoder with evoprune, relevance attention"
+    print("| " + header.replace(", ", " | ") + " |\n" + "|---" * 8 + "|")
     for pooling, size in (("before", 144), ("skip", 576)):
         for ratio in args.keep_ratio:
             kept = count_kept(size, ratio)
