@@ -25,11 +25,18 @@ assert processor.pruning.to_dict() == config.pruning.to_dict()
 assert transformers.AutoTokenizer.from_pretrained(folder).vocab_size == processor.tokenizer.vocab_size
 
 loaded = []
-for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM"):
+for name in (
+    "AutoModel",
+    "AutoModelForImageTextToText",
+    "AutoModelForVision2Seq",
+    "AutoModelForMultimodalLM",
+):
     if hasattr(transformers, name):
         model = getattr(transformers, name).from_pretrained(folder, **trust).eval()
         assert torch.equal(model(**inputs).logits, logits), name
-        assert "rediprune" in type(model).__module__ and type(model).__module__.startswith("transformers_modules.")
+        assert "rediprune" in type(model).__module__ and type(model).__module__.startswith(
+            "transformers_modules."
+        )
         loaded.append(name)
 
 other = transformers.AutoModelForImageTextToText.from_pretrained(folder, pruning={"keep_ratio": 0.6}, **trust)

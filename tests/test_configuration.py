@@ -10,10 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
 from rediprune.methods_rediprune import METHODS
-from rediprune.methods_rediprune import METHODS
-from transformers import LlavaNextVideoConfig
-
 from tiny import tiny_config
+from transformers import LlavaNextVideoConfig
 
 DEFAULTS = {
     "method": "rediprune",
@@ -151,7 +149,9 @@ def test_an_unknown_key_names_itself_and_the_allowed_ones(config):
         lambda: PruningConfig.from_value({"keepratio": 0.2}),
         lambda: setattr(config.pruning, "keepratio", 0.2),
     ):
-        with pytest.raises(ValueError, match="unknown pruning key 'keepratio'; allowed keys: method, keep_ratio, .*seed"):
+        with pytest.raises(
+            ValueError, match="unknown pruning key 'keepratio'; allowed keys: method, keep_ratio, .*seed"
+        ):
             set_it()
 
 
@@ -170,8 +170,14 @@ def test_a_block_of_the_wrong_type(block, tmp_path):
     [
         ({"threshold": 0.2}, "threshold=0.2.*candidate_pool to 'algorithm1' or 'released'"),
         ({"max_candidates": 4}, "max_candidates=4.*candidate_pool='all'.*candidate_pool to 'algorithm1'"),
-        ({"candidate_pool": "released", "max_candidates": 4}, "max_candidates=4.*candidate_pool='released'.*candidate_pool to 'algorithm1'"),
-        ({"candidate_pool": "algorithm1", "query_weighting": "none"}, "candidate_pool='algorithm1'.*query_weighting"),
+        (
+            {"candidate_pool": "released", "max_candidates": 4},
+            "max_candidates=4.*candidate_pool='released'.*candidate_pool to 'algorithm1'",
+        ),
+        (
+            {"candidate_pool": "algorithm1", "query_weighting": "none"},
+            "candidate_pool='algorithm1'.*query_weighting",
+        ),
     ],
 )
 def test_values_that_exclude_each_other(block, message):
@@ -189,7 +195,11 @@ def test_files_merge_over_defaults_and_arguments_over_files(tmp_path):
     content = json.loads(file.read_text())
     content["pruning"] = {"keep_ratio": 0.4, "seed": 5}  # a block written by hand holds what it changes
     file.write_text(json.dumps(content))
-    assert ReDiPruneConfig.from_pretrained(tmp_path).pruning.to_dict() == {**DEFAULTS, "keep_ratio": 0.4, "seed": 5}
+    assert ReDiPruneConfig.from_pretrained(tmp_path).pruning.to_dict() == {
+        **DEFAULTS,
+        "keep_ratio": 0.4,
+        "seed": 5,
+    }
     merged = ReDiPruneConfig.from_pretrained(tmp_path, pruning={"keep_ratio": 0.6})
     assert merged.pruning.to_dict() == {**DEFAULTS, "keep_ratio": 0.6, "seed": 5}
     assert ReDiPruneConfig.from_pretrained(tmp_path, pruning=None).pruning.keep_ratio == 0.4
@@ -239,7 +249,12 @@ def test_saving_and_loading_keeps_every_value(tmp_path):
 
 def test_every_written_form_holds_the_block():
     config = tiny_config(pruning=OTHER_THAN_DEFAULT)
-    for form in (config.to_dict(), config.to_diff_dict(), json.loads(config.to_json_string()), config.__dict__):
+    for form in (
+        config.to_dict(),
+        config.to_diff_dict(),
+        json.loads(config.to_json_string()),
+        config.__dict__,
+    ):
         block = form["pruning"]
         assert (block if isinstance(block, dict) else block.to_dict()) == OTHER_THAN_DEFAULT
     assert json.loads(config.to_json_string(use_diff=False))["pruning"] == OTHER_THAN_DEFAULT
@@ -272,7 +287,9 @@ BLOCKS = st.fixed_dictionaries(
         "method": st.sampled_from(list(METHODS)),
         "keep_ratio": st.floats(0, 1, exclude_min=True) | st.just(1),
         "alpha": st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5),
-        "query_weighting": st.sampled_from(["exponential", "self_attention", "middle_peak", "average", "none"]),
+        "query_weighting": st.sampled_from(
+            ["exponential", "self_attention", "middle_peak", "average", "none"]
+        ),
         "query_max_tokens": st.integers(1, 10**6),
         "pooling": st.sampled_from(["before", "skip"]),
         "positions": st.sampled_from(["compact", "original"]),

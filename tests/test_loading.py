@@ -50,7 +50,11 @@ def weights(folder):
 
 
 def rewrite(folder, tensors):
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def edit(folder, change):
@@ -119,8 +123,15 @@ def test_an_extra_tensor(folder):
 
 
 def test_a_renamed_tensor(folder):
-    edit(folder, lambda tensors: tensors.update({"language_model.head.weight": tensors.pop("language_model.lm_head.weight")}))
-    with pytest.raises(ValueError, match=r"missing keys \(lm_head.weight\).*unexpected keys \(.*head.weight\)"):
+    edit(
+        folder,
+        lambda tensors: tensors.update(
+            {"language_model.head.weight": tensors.pop("language_model.lm_head.weight")}
+        ),
+    )
+    with pytest.raises(
+        ValueError, match=r"missing keys \(lm_head.weight\).*unexpected keys \(.*head.weight\)"
+    ):
         Model.from_pretrained(folder)
 
 
@@ -240,7 +251,10 @@ def test_saving_copies_the_code_and_names_it(model, tmp_path):
         file, name = reference.split(".")
         assert f"\nclass {name}(" in (tmp_path / f"{file}.py").read_text()
     for auto_class in AUTO_MAP:
-        assert hasattr(transformers, auto_class) or auto_class in ("AutoModelForVision2Seq", "AutoModelForMultimodalLM")
+        assert hasattr(transformers, auto_class) or auto_class in (
+            "AutoModelForVision2Seq",
+            "AutoModelForMultimodalLM",
+        )
 
 
 def test_a_prefix_of_another_repository_is_not_saved(tmp_path):
@@ -253,7 +267,11 @@ def test_a_prefix_of_another_repository_is_not_saved(tmp_path):
 
 def test_through_the_auto_classes_in_a_fresh_process(model, inputs, logits, tmp_path):
     """Everything that a user does with a folder, in one process: imports cost seconds."""
-    folder, media, report = tmp_path / f"fresh_{os.getpid()}", tmp_path / "inputs.pt", tmp_path / "report.json"
+    folder, media, report = (
+        tmp_path / f"fresh_{os.getpid()}",
+        tmp_path / "inputs.pt",
+        tmp_path / "report.json",
+    )
     model.save_pretrained(folder)
     tiny_processor(keep_ratio=0.3).save_pretrained(folder)
     torch.save({"inputs": dict(inputs), "logits": logits}, media)
@@ -278,4 +296,6 @@ def test_through_the_auto_classes_in_a_fresh_process(model, inputs, logits, tmp_
 
 def test_the_config_and_processor_of_a_folder_agree(folder):
     tiny_processor().save_pretrained(folder)
-    assert ReDiPruneProcessor.from_pretrained(folder).pruning == ReDiPruneConfig.from_pretrained(folder).pruning
+    assert (
+        ReDiPruneProcessor.from_pretrained(folder).pruning == ReDiPruneConfig.from_pretrained(folder).pruning
+    )

@@ -85,7 +85,10 @@ MEDIA = {
     "images": ("<image> left <image> where", {"images": 2}),
     "videos": ("<video> <video> where", {"videos": 2}),
     "mixed": ("<image> <video> which <image> way", {"images": 2, "videos": 1}),
-    "batch": (["<video> <image> where", "<image> how many star ?", "is <video> red"], {"images": 2, "videos": 2}),
+    "batch": (
+        ["<video> <image> where", "<image> how many star ?", "is <video> red"],
+        {"images": 2, "videos": 2},
+    ),
     "text rows": (["how many", "<video> where is the star ?", "red"], {"videos": 1}),
     "text": ("where is the star ?", {}),
 }
@@ -161,11 +164,16 @@ def test_unpruned_outputs_in_every_form(model, stock, processor):
         {"use_cache": True},
     ):
         ours, theirs = model(**{**inputs, **kwargs}), stock(**{**plain, **kwargs})
-        flat = [[x for x in (out if type(out) is tuple else out.to_tuple()) if torch.is_tensor(x)] for out in (ours, theirs)]
+        flat = [
+            [x for x in (out if type(out) is tuple else out.to_tuple()) if torch.is_tensor(x)]
+            for out in (ours, theirs)
+        ]
         assert len(flat[0]) == len(flat[1]) > 0
         assert all(torch.equal(first, second) for first, second in zip(*flat)), kwargs
         if "output_hidden_states" in kwargs:
-            assert all(torch.equal(first, second) for first, second in zip(ours.hidden_states, theirs.hidden_states))
+            assert all(
+                torch.equal(first, second) for first, second in zip(ours.hidden_states, theirs.hidden_states)
+            )
         assert type(ours) is type(theirs)
 
 
@@ -179,7 +187,11 @@ def test_nothing_pruned_without_pooling_keeps_the_image_layout(stock, name):
         assert torch.allclose(outputs.logits, stock(**inputs).logits, **LOOSE)
     else:
         assert (inputs["input_ids"] == VIDEO).sum() == 4 * PATCHES
-    assert all(torch.equal(kept, torch.arange(kept.shape[1])[None]) for pair in outputs.image_kept_indices for kept in pair)
+    assert all(
+        torch.equal(kept, torch.arange(kept.shape[1])[None])
+        for pair in outputs.image_kept_indices
+        for kept in pair
+    )
 
 
 # -- which tokens, and where they go ----------------------------------------------------------------------------------
@@ -208,22 +220,36 @@ def features_by_hand(model, inputs, pooling):
     config, sets = model.config, []
 
     def tower(pixels):
-        return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer][:, 1:]
+        return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[
+            config.vision_feature_layer
+        ][:, 1:]
 
     for pixels, size in zip(inputs.get("pixel_values", []), inputs.get("image_sizes", [])):
         height, width = size.tolist()
-        best = transformers.image_processing_utils.select_best_resolution((height, width), config.image_grid_pinpoints)
+        best = transformers.image_processing_utils.select_best_resolution(
+            (height, width), config.image_grid_pinpoints
+        )
         rows, columns = best[0] // IMAGE_SIZE, best[1] // IMAGE_SIZE
         views = tower(pixels[: 1 + rows * columns])
-        grid = torch.cat([torch.cat([v.unflatten(0, (SIDE, SIDE)) for v in views[1:][r * columns : (r + 1) * columns]], dim=1)
-                          for r in range(rows)])
-        image = transformers.models.llava_next_video.modeling_llava_next_video.unpad_image(grid.permute(2, 0, 1), (height, width))
+        grid = torch.cat(
+            [
+                torch.cat(
+                    [v.unflatten(0, (SIDE, SIDE)) for v in views[1:][r * columns : (r + 1) * columns]], dim=1
+                )
+                for r in range(rows)
+            ]
+        )
+        image = transformers.models.llava_next_video.modeling_llava_next_video.unpad_image(
+            grid.permute(2, 0, 1), (height, width)
+        )
         sets.append([views[0][None], image.permute(1, 2, 0).flatten(0, 1)[None]])
     for video in inputs.get("pixel_values_videos", []):
         features = tower(video)
         if pooling == "before":
             grid = features.unflatten(1, (SIDE, SIDE))
-            features = (grid[:, ::2, ::2] + grid[:, 1::2, ::2] + grid[:, ::2, 1::2] + grid[:, 1::2, 1::2]).flatten(1, 2) / 4
+            features = (
+                grid[:, ::2, ::2] + grid[:, 1::2, ::2] + grid[:, ::2, 1::2] + grid[:, 1::2, 1::2]
+            ).flatten(1, 2) / 4
         sets.append([features])
     return sets
 
@@ -234,7 +260,9 @@ def test_placeholders_hold_the_kept_features_projected(block, name):
     processor, model = pruned(**block)
     inputs = media_inputs(processor, name)
     seen, outputs = seen_positions(model, inputs)
-    kept = [list(pair) for pair in outputs.image_kept_indices or ()] + [[kept] for kept in outputs.video_kept_indices or ()]
+    kept = [list(pair) for pair in outputs.image_kept_indices or ()] + [
+        [kept] for kept in outputs.video_kept_indices or ()
+    ]
     by_hand = features_by_hand(model, inputs, model.config.pruning.pooling)
     assert len(kept) == len(by_hand)
     tokens = {IMAGE: [], VIDEO: []}
@@ -243,9 +271,15 @@ def test_placeholders_hold_the_kept_features_projected(block, name):
             num_sets, num_tokens = set_features.shape[:2]
             count = max(1, round(model.config.pruning.keep_ratio * num_tokens))
             assert set_indices.shape == (num_sets, count) and set_indices.dtype == torch.long
-            assert (set_indices.diff(dim=1) > 0).all() and 0 <= set_indices.min() and set_indices.max() < num_tokens
+            assert (
+                (set_indices.diff(dim=1) > 0).all()
+                and 0 <= set_indices.min()
+                and set_indices.max() < num_tokens
+            )
             for one_set, one in zip(set_features, set_indices):
-                tokens[VIDEO if len(indices) == 1 else IMAGE].append(model.model.multi_modal_projector(one_set[one]))
+                tokens[VIDEO if len(indices) == 1 else IMAGE].append(
+                    model.model.multi_modal_projector(one_set[one])
+                )
     embeds = seen["inputs_embeds"]
     table = model.get_input_embeddings()
     for token_id, parts in tokens.items():
@@ -282,7 +316,9 @@ def test_only_the_last_tokens_of_a_long_question_count():
     processor, model = pruned(query_max_tokens=5, alpha=3.0)
     tail = " where is the red star"
     texts = ["<video>" + " left" * 20 + tail, "<video>" + " how many" * 40 + tail, "<video> star" + tail[6:]]
-    long, longer, short = (model(**processor(text=text, videos=random_video())).video_kept_indices[0] for text in texts)
+    long, longer, short = (
+        model(**processor(text=text, videos=random_video())).video_kept_indices[0] for text in texts
+    )
     assert torch.equal(long, longer) and not torch.equal(long, short)
 
 
@@ -297,9 +333,14 @@ def test_select_tokens_agrees_with_forward(processor, model):
     for name in ("video", "mixed", "batch"):
         inputs = media_inputs(processor, name)
         outputs, media = model(**inputs), model.select_tokens(**inputs)
-        kept = [kept for pair in outputs.image_kept_indices or () for kept in pair] + list(outputs.video_kept_indices)
+        kept = [kept for pair in outputs.image_kept_indices or () for kept in pair] + list(
+            outputs.video_kept_indices
+        )
         assert [medium.kind for medium in media] == sorted(medium.kind for medium in media)
-        assert all(torch.equal(a, b) for a, b in itertools.zip_longest(kept, [kept for m in media for kept in m.kept]))
+        assert all(
+            torch.equal(a, b)
+            for a, b in itertools.zip_longest(kept, [kept for m in media for kept in m.kept])
+        )
     assert [medium.row for medium in media] == [0, 1, 0, 2]
     assert not media[0].kept[0].requires_grad
 
@@ -327,7 +368,9 @@ def test_the_ratio_of_a_call(model):
     video = random_video()
     half = model(**processor(text="<video> where", videos=video, keep_ratio=0.5))
     assert half.video_kept_indices[0].shape == (4, POOLED // 2)
-    reference = tiny_model(keep_ratio=0.5)(**tiny_processor(keep_ratio=0.5)(text="<video> where", videos=video))
+    reference = tiny_model(keep_ratio=0.5)(
+        **tiny_processor(keep_ratio=0.5)(text="<video> where", videos=video)
+    )
     assert torch.equal(half.logits, reference.logits)
     assert model(**processor(text="<video> where", videos=video)).video_kept_indices[0].shape == (4, KEPT)
     assert model.config.pruning.keep_ratio == 0.15
@@ -342,11 +385,21 @@ def test_the_ratio_of_a_call(model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("block", [{}, {"positions": "original"}, {"method": "random"}, {"pooling": "skip"}], ids=str)
+@pytest.mark.parametrize(
+    "block", [{}, {"positions": "original"}, {"method": "random"}, {"pooling": "skip"}], ids=str
+)
 def test_a_sample_alone_is_the_sample_in_a_batch(block, side):
     processor, model = pruned(**block)
-    texts = ["<video> where", "<image> how many red star ?", "<video> <image> is the star left", "which way ?"]
-    videos, images = [random_video(0), random_video(1)], [random_image(0, SIZES[0]), random_image(1, SIZES[1])]
+    texts = [
+        "<video> where",
+        "<image> how many red star ?",
+        "<video> <image> is the star left",
+        "which way ?",
+    ]
+    videos, images = (
+        [random_video(0), random_video(1)],
+        [random_image(0, SIZES[0]), random_image(1, SIZES[1])],
+    )
     media = [{"videos": videos[:1]}, {"images": images[:1]}, {"videos": videos[1:], "images": images[1:]}, {}]
     batch = processor(text=texts, videos=videos, images=images, padding=True, padding_side=side)
     together = model(**batch)
@@ -369,7 +422,9 @@ def test_a_sample_alone_is_the_sample_in_a_batch(block, side):
 
 def test_random_selection_depends_on_seed_frame_and_question_alone():
     processor, model = pruned(method="random")
-    inputs = processor(text=["<video> where", "<video> how many"], videos=[random_video(0), random_video(1)], padding=True)
+    inputs = processor(
+        text=["<video> where", "<video> how many"], videos=[random_video(0), random_video(1)], padding=True
+    )
     first, second = model(**inputs).video_kept_indices
     assert torch.equal(first, model(**inputs).video_kept_indices[0])
     assert len({tuple(frame.tolist()) for frame in first}) == 4  # every frame draws anew
@@ -402,7 +457,9 @@ def test_gradients_reach_every_part(processor, checkpointing):
     outputs.loss.backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     # Beyond the tapped layer there is nothing to learn, and newlines go when tokens go.
-    assert all("layers.2." in name or "post_layernorm" in name or name == "model.image_newline" for name in silent), silent
+    assert all(
+        "layers.2." in name or "post_layernorm" in name or name == "model.image_newline" for name in silent
+    ), silent
     assert any("vision_tower" in name for name, _ in model.named_parameters())
     assert not any("multi_modal_projector" in name or "patch_embedding" in name for name in silent)
 
@@ -429,7 +486,9 @@ def answered(processor, answer):
 
 def test_the_answer_does_not_choose_its_own_tokens():
     processor, model = pruned(alpha=3.0)
-    question = model(**processor(text="<video> where is the star ?", videos=random_video())).video_kept_indices[0]
+    question = model(
+        **processor(text="<video> where is the star ?", videos=random_video())
+    ).video_kept_indices[0]
     for answer in ("left", "red red", "which way does it move"):
         inputs, labels = answered(processor, answer)
         trained = model(**inputs, labels=labels)
@@ -505,7 +564,9 @@ def positions_by_hand(ids, media):
 
 
 def video_medium(kept, tokens=POOLED):
-    return len(kept) * tokens, [frame * tokens + index for frame, row in enumerate(kept.tolist()) for index in row]
+    return len(kept) * tokens, [
+        frame * tokens + index for frame, row in enumerate(kept.tolist()) for index in row
+    ]
 
 
 def image_medium(pair, size):
@@ -514,7 +575,9 @@ def image_medium(pair, size):
     order = [("base", index) for index in range(PATCHES)]
     for row in range(crop[0]):
         order += [("tile", row * crop[1] + column) for column in range(crop[1])] + ["newline"]
-    return len(order), [order.index(("base", index)) for index in base] + [order.index(("tile", index)) for index in tiles]
+    return len(order), [order.index(("base", index)) for index in base] + [
+        order.index(("tile", index)) for index in tiles
+    ]
 
 
 @pytest.mark.parametrize("mask", ["given", "none"])
@@ -524,7 +587,10 @@ def test_original_positions_by_hand(mask):
     for text, media in (
         ("where <video> is the star", {"videos": random_video()}),
         ("<image> where", {"images": images[1]}),
-        ("<image> red <video> blue <image><video>", {"images": images, "videos": [random_video(0), random_video(1)]}),
+        (
+            "<image> red <video> blue <image><video>",
+            {"images": images, "videos": [random_video(0), random_video(1)]},
+        ),
     ):
         inputs = processor(text=text, **media)
         if mask == "none":
@@ -581,7 +647,10 @@ def test_original_positions_need_an_attention_that_reads_them():
     processor, model = pruned(positions="original")
     model.config.text_config._attn_implementation = "flash_attention_2"
     inputs = media_inputs(processor, "video")
-    with pytest.raises(ValueError, match="positions='original' does not work with attn_implementation='flash_attention_2'.*sdpa"):
+    with pytest.raises(
+        ValueError,
+        match="positions='original' does not work with attn_implementation='flash_attention_2'.*sdpa",
+    ):
         model(**inputs)
 
 
@@ -599,7 +668,12 @@ def full_pass(model, inputs, ids):
     position_ids = (mask.cumsum(1) - 1).clamp_min(0)
     rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
     outputs = model(
-        input_ids=whole, attention_mask=mask, query_mask=query_mask, position_ids=position_ids, use_cache=False, **rest
+        input_ids=whole,
+        attention_mask=mask,
+        query_mask=query_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        **rest,
     )
     return outputs.logits[:, prompt - 1 : -1]
 
@@ -609,12 +683,16 @@ def full_pass(model, inputs, ids):
 def test_cached_decoding_is_one_full_pass(block, name):
     processor, model = pruned(**block)
     inputs = media_inputs(processor, name)
-    result = model.generate(**inputs, do_sample=False, max_new_tokens=6, output_logits=True, return_dict_in_generate=True)
+    result = model.generate(
+        **inputs, do_sample=False, max_new_tokens=6, output_logits=True, return_dict_in_generate=True
+    )
     ids = result.sequences[:, inputs["input_ids"].shape[1] :]
     assert torch.allclose(torch.stack(result.logits, dim=1), full_pass(model, inputs, ids), **LOOSE)
     assert torch.equal(ids, generate(model, inputs, use_cache=False))
     assert torch.equal(ids, generate(model, inputs, cache_implementation="static"))
-    assert torch.equal(ids, generate(model, inputs, cache_implementation="static"))  # the emptied cache of the last call
+    assert torch.equal(
+        ids, generate(model, inputs, cache_implementation="static")
+    )  # the emptied cache of the last call
 
 
 @pytest.mark.parametrize("block", DECODING[:2], ids=str)
@@ -625,7 +703,12 @@ def test_beams(block, name):
     beams = generate(model, inputs, num_beams=3)
     assert torch.equal(beams, generate(model, inputs, num_beams=3, use_cache=False))
     result = model.generate(
-        **inputs, num_beams=3, do_sample=False, max_new_tokens=5, return_dict_in_generate=True, output_scores=True
+        **inputs,
+        num_beams=3,
+        do_sample=False,
+        max_new_tokens=5,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     # The score of a beam is the mean log probability of its tokens, which one full pass gives too.
     ids = result.sequences[:, inputs["input_ids"].shape[1] :]
@@ -637,9 +720,16 @@ def test_beams(block, name):
 def test_every_sequence_of_a_prompt_sees_its_own_media(processor, model, name):
     inputs = media_inputs(processor, name)
     rows = len(inputs["input_ids"])
-    one = model.generate(**inputs, do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    one = model.generate(
+        **inputs, do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+    )
     result = model.generate(
-        **inputs, do_sample=True, num_return_sequences=2, max_new_tokens=3, output_logits=True, return_dict_in_generate=True
+        **inputs,
+        do_sample=True,
+        num_return_sequences=2,
+        max_new_tokens=3,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     assert len(result.sequences) == 2 * rows
     assert torch.allclose(result.logits[0], one.logits[0].repeat_interleave(2, 0), **LOOSE)
@@ -666,8 +756,15 @@ def test_generation_without_a_mask(processor, model):
 def test_static_cache_of_layered_masks(processor):
     """Some language models get one mask for each kind of attention layer."""
     text = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     torch.manual_seed(0)
     config = tiny_config(text_config=text)
@@ -689,8 +786,18 @@ def test_a_placeholder_that_the_model_generates_is_a_token_like_others(processor
 
 TURNS = [
     ("text", "where is the star ?", {}, {}),
-    ("image", "<image> how many", {"images": [random_image(5, SIZES[1])]}, {"images": [random_image(5, SIZES[1])]}),
-    ("video", "<video> which way", {"videos": [random_video(0), random_video(6)]}, {"videos": [random_video(6)]}),
+    (
+        "image",
+        "<image> how many",
+        {"images": [random_image(5, SIZES[1])]},
+        {"images": [random_image(5, SIZES[1])]},
+    ),
+    (
+        "video",
+        "<video> which way",
+        {"videos": [random_video(0), random_video(6)]},
+        {"videos": [random_video(6)]},
+    ),
 ]
 
 
@@ -708,8 +815,16 @@ def next_prompt(processor, result, text, media):
     return new
 
 
-@pytest.mark.parametrize("block", [{"keep_ratio": 1}, {"method": "uniform"}, {"query_weighting": "none"},
-                                   {"query_weighting": "none", "positions": "original"}], ids=str)
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"keep_ratio": 1},
+        {"method": "uniform"},
+        {"query_weighting": "none"},
+        {"query_weighting": "none", "positions": "original"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("turn, text, all_media, new_media", TURNS, ids=[turn[0] for turn in TURNS])
 def test_a_second_turn_on_a_reused_cache(block, turn, text, all_media, new_media):
     """Equal to the run without a cache wherever the selection does not hang on the newest question."""
@@ -718,7 +833,9 @@ def test_a_second_turn_on_a_reused_cache(block, turn, text, all_media, new_media
     second = next_prompt(processor, result, text, new_media)
     everything = dict(second)
     if turn == "video":
-        everything["pixel_values_videos"] = torch.cat([first["pixel_values_videos"], second["pixel_values_videos"]])
+        everything["pixel_values_videos"] = torch.cat(
+            [first["pixel_values_videos"], second["pixel_values_videos"]]
+        )
     else:
         everything["pixel_values_videos"] = first["pixel_values_videos"]
     uncached = generate(model, everything)
@@ -726,8 +843,13 @@ def test_a_second_turn_on_a_reused_cache(block, turn, text, all_media, new_media
         cache = copy.deepcopy(result.past_key_values)
         assert torch.equal(generate(model, inputs, past_key_values=cache), uncached)
     if turn != "text":
-        with pytest.raises(ValueError, match="placeholders.*To continue a cache, pass the media of the new turn or of all turns"):
-            none = {key: value for key, value in everything.items() if key not in ("pixel_values", "image_sizes")}
+        with pytest.raises(
+            ValueError,
+            match="placeholders.*To continue a cache, pass the media of the new turn or of all turns",
+        ):
+            none = {
+                key: value for key, value in everything.items() if key not in ("pixel_values", "image_sizes")
+            }
             none["pixel_values_videos"] = torch.cat([first["pixel_values_videos"]] * 3)
             generate(model, none, past_key_values=copy.deepcopy(result.past_key_values))
 
@@ -740,11 +862,15 @@ def test_a_second_turn_with_the_paper_s_query(turn, text, all_media, new_media):
     second = next_prompt(processor, result, text, new_media)
     kept = dict(second)
     before = first["pixel_values_videos"]
-    kept["pixel_values_videos"] = torch.cat([before, second["pixel_values_videos"]]) if turn == "video" else before
+    kept["pixel_values_videos"] = (
+        torch.cat([before, second["pixel_values_videos"]]) if turn == "video" else before
+    )
     alone = generate(model, second, past_key_values=copy.deepcopy(result.past_key_values))
     again = generate(model, kept, past_key_values=copy.deepcopy(result.past_key_values))
     assert torch.equal(alone, again)
-    beams = generate(model, second, past_key_values=copy.deepcopy(result.past_key_values), num_beams=1, tokens=2)
+    beams = generate(
+        model, second, past_key_values=copy.deepcopy(result.past_key_values), num_beams=1, tokens=2
+    )
     assert torch.equal(beams, alone[:, :2])
 
 
@@ -775,14 +901,18 @@ def test_turns_of_a_batch():
     videos = [random_video(0), random_video(1)]
     first = processor(text=["<video> where", "<video> how many red"], videos=videos, padding=True)
     result = model.generate(**first, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
-    image = processor(text=["red red <image> red", "<image> left left left"], images=[random_image(0), random_image(1)])
+    image = processor(
+        text=["red red <image> red", "<image> left left left"], images=[random_image(0), random_image(1)]
+    )
     ids = torch.cat([result.sequences, image["input_ids"][:, 1:]], dim=1)
     mask = torch.cat([first["attention_mask"], torch.ones_like(ids[:, first["input_ids"].shape[1] :])], dim=1)
     new = {"input_ids": ids, "attention_mask": mask, **{k: image[k] for k in ("pixel_values", "image_sizes")}}
     everything = {**new, "pixel_values_videos": first["pixel_values_videos"]}
     uncached = generate(model, everything)
     for inputs in (new, everything):
-        assert torch.equal(generate(model, inputs, past_key_values=copy.deepcopy(result.past_key_values)), uncached)
+        assert torch.equal(
+            generate(model, inputs, past_key_values=copy.deepcopy(result.past_key_values)), uncached
+        )
 
 
 def test_a_cache_given_by_the_caller_is_filled(processor):
@@ -808,13 +938,17 @@ def test_processor_and_model_of_different_ratios(model):
     for name in ("video", "image", "batch"):
         inputs = media_inputs(other, name)
         kind = "image" if name == "image" else "(video|image)"
-        with pytest.raises(ValueError, match=rf"{kind} placeholders.*tokens.*keep_ratio=0.15.*processor of this repository"):
+        with pytest.raises(
+            ValueError, match=rf"{kind} placeholders.*tokens.*keep_ratio=0.15.*processor of this repository"
+        ):
             model(**inputs)
         with pytest.raises(ValueError, match="placeholders"):
             model.generate(**inputs)
         with pytest.raises(ValueError, match="placeholders"):
             model.select_tokens(**inputs)
-    with pytest.raises(ValueError, match=r"has 32 video placeholders \(by row: \[32\]\), but its 1 videos give 8 tokens"):
+    with pytest.raises(
+        ValueError, match=r"has 32 video placeholders \(by row: \[32\]\), but its 1 videos give 8 tokens"
+    ):
         model(**media_inputs(other, "video"))
 
 
@@ -881,7 +1015,9 @@ def test_features_that_are_not_finite(processor, value):
 
 def test_a_tower_that_does_not_give_patches(processor, model):
     inputs = media_inputs(processor, "video")
-    with pytest.raises(ValueError, match="gives 65 tokens an image, but 64 are patches.*select_strategy='full'"):
+    with pytest.raises(
+        ValueError, match="gives 65 tokens an image, but 64 are patches.*select_strategy='full'"
+    ):
         model(**inputs, vision_feature_select_strategy="full")
 
 
@@ -981,7 +1117,9 @@ def test_one_frame_and_many_frames(processor, model):
 def test_the_signature_keeps_generation_from_projecting_all_tokens(processor, model):
     """5.x encodes media before `forward` where the signature has `mm_encoder_outputs`: pruning would come too late."""
     seen = []
-    handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    handle = model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda module, args: seen.append(len(args[0]))
+    )
     generate(model, media_inputs(processor, "video"))
     handle.remove()
     assert seen == [4 * KEPT]
@@ -991,6 +1129,8 @@ def test_frames_of_one_size_are_selected_together(processor, model, monkeypatch)
     calls = []
     method = METHODS["rediprune"]
     reduce = method.reduce
-    monkeypatch.setattr(method, "reduce", lambda tokens, *args: calls.append(len(tokens.features)) or reduce(tokens, *args))
+    monkeypatch.setattr(
+        method, "reduce", lambda tokens, *args: calls.append(len(tokens.features)) or reduce(tokens, *args)
+    )
     model(**media_inputs(processor, "videos"))
     assert calls == [2 * 4]

@@ -42,7 +42,11 @@ def test_only_what_every_installation_has_is_imported(path):
     for statement, guarded in imports(path):
         if isinstance(statement, ast.ImportFrom) and statement.level:
             continue
-        names = [statement.module] if isinstance(statement, ast.ImportFrom) else [alias.name for alias in statement.names]
+        names = (
+            [statement.module]
+            if isinstance(statement, ast.ImportFrom)
+            else [alias.name for alias in statement.names]
+        )
         for name in names:
             package = name.split(".")[0]
             assert package in ALLOWED or guarded and package in OPTIONAL, f"{path.name} imports {name}"

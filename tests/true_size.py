@@ -10,11 +10,15 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlavaNextImageProcessor, LlavaNextVideoVideoProcessor, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlavaNextImageProcessor,
+    LlavaNextVideoVideoProcessor,
+    PreTrainedTokenizerFast,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import conftest  # noqa: F401, E402
-
 from rediprune.configuration_rediprune import ReDiPruneConfig  # noqa: E402
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration  # noqa: E402
 from rediprune.processing_rediprune import ReDiPruneProcessor  # noqa: E402
@@ -24,13 +28,24 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 def build_processor(config) -> ReDiPruneProcessor:
     """The published preprocessing around a tokenizer with the published ids of the placeholders."""
-    words = {"<unk>": 0, "where": 1, "is": 2, "it": 3, "<image>": config.image_token_index, "<video>": config.video_token_index}
+    words = {
+        "<unk>": 0,
+        "where": 1,
+        "is": 2,
+        "it": 3,
+        "<image>": config.image_token_index,
+        "<video>": config.video_token_index,
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     size = {"height": 336, "width": 336}
     return ReDiPruneProcessor(
-        video_processor=LlavaNextVideoVideoProcessor(size={"shortest_edge": 336}, crop_size=size, do_center_crop=True),
-        image_processor=LlavaNextImageProcessor(size={"shortest_edge": 336}, crop_size=size, image_grid_pinpoints=PINPOINTS),
+        video_processor=LlavaNextVideoVideoProcessor(
+            size={"shortest_edge": 336}, crop_size=size, do_center_crop=True
+        ),
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": 336}, crop_size=size, image_grid_pinpoints=PINPOINTS
+        ),
         tokenizer=PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>", "<video>"]
         ),
