@@ -242,4 +242,13 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
         return output
 
 
+try:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+except ImportError:  # 4.57
+    pass
+else:
+    # `transformers serve` loads a model type that is listed here through the Auto class, which follows `auto_map`, and every
+    # other one by the name of its class in the library, where there is none.
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(ReDiPruneConfig.model_type, MODEL_CLASS.partition(".")[2])
+
 ReDiPruneConfig.register_for_auto_class()  # so that saving copies this file and those that it imports

@@ -55,11 +55,13 @@ class Case:
     def load(self, **kwargs):
         kwargs.setdefault("dtype", torch.float32)
         auto_class = transformers.AutoModelForImageTextToText
-        return auto_class.from_pretrained(self.folder, trust_remote_code=True, **kwargs).eval()
+        model = auto_class.from_pretrained(self.folder, trust_remote_code=True, **kwargs).eval()
+        model.generation_config.eos_token_id = -1  # all answers are of one length
+        return model
 
     def answer(self, model, **kwargs) -> list:
         inputs = self.inputs.to(model.device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 
     def same(self, model, **kwargs) -> str:
@@ -227,11 +229,11 @@ def tensor_parallel(case):
 
 @row("`transformers serve` with an OpenAI client and an image")
 def serve(case):
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise NotImplementedError("answers about images from 5.x on")
     import openai
     import uvicorn  # noqa: F401
 
-    if int(transformers.__version__.split(".")[0]) < 5:
-        raise ImportError("`transformers serve` with images, which is of 5.x")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -255,7 +257,7 @@ def serve(case):
             streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
         except Exception as error:
             log.seek(0)
-            raise AssertionError(f"{error}; server: {log.read()[-500:]}") from error
+            raise AssertionError(f"{error}; server: {log.read()[-3000:]}") from error
         finally:
             server.terminate()
             server.wait()
@@ -328,12 +330,21 @@ def run_rows(case, names) -> dict:
             results[name] = {"works": True, "note": function(case)}
         except ImportError as error:
             results[name] = {"works": None, "note": f"not installed: {error.name or error}"}
+        except NotImplementedError as error:
+            results[name] = {"works": None, "note": str(error)}
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             results[name] = {"works": False, "note": f"{type(error).__name__}: {lines[0][:300]}"}
         mark = {True: "works", False: "FAILS", None: "-"}[results[name]["works"]]
         print(f"{mark:6} {title}: {results[name]['note']} ({time.perf_counter() - start:.0f} s)", flush=True)
     return results
+
+
+# What is known of rows that fail.
+KNOWN = {
+    "prompt_lookup": "The stock class fails in the same way: candidates copied from the prompt hold placeholders without media.",
+    "assistant": "The first pass holds the candidates, which are then taken for a part of the question; the stock class has none.",
+}
 
 
 def as_table(record: dict) -> str:
@@ -345,7 +356,8 @@ def as_table(record: dict) -> str:
         for version in versions:
             result = record[version]["rows"].get(name)
             mark = "" if result is None else {True: "yes: ", False: "**no**: ", None: ""}[result["works"]]
-            cells.append("not run" if result is None else f"{mark}{result['note']}".replace("|", "\\|"))
+            known = f" {KNOWN[name]}" if name in KNOWN and result is not None and result["works"] is False else ""
+            cells.append("not run" if result is None else f"{mark}{result['note']}{known}".replace("|", "\\|"))
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines.append("")
     for version in versions:

@@ -21,7 +21,7 @@ from tiny import (
     tiny_model,
     tiny_processor,
 )
-from transformers import DynamicCache, Qwen2Config
+from transformers import DynamicCache, Qwen2Config, StaticCache
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 IMAGE, VIDEO = 4, 5  # token ids
@@ -928,6 +928,15 @@ def test_a_cache_given_by_the_caller_is_filled(processor):
         flat = model(**inputs, past_key_values=(cache := DynamicCache()), use_cache=True, return_dict=False)
         assert any(item is cache for item in flat)
         assert hasattr(cache, "position_shift") == (positions == "original")
+
+
+def test_an_emptied_cache_is_a_new_one():
+    processor, model = pruned(positions="original")
+    inputs = media_inputs(processor, "video")
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    first = model(**inputs, past_key_values=cache, use_cache=True).logits
+    cache.reset()
+    assert torch.equal(model(**inputs, past_key_values=cache, use_cache=True).logits, first)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
