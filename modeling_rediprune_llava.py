@@ -262,6 +262,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         pruning = self._pruning_of_call(keep_ratio)
         prompt = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         stock = {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        self._check_context(inputs_embeds if input_ids is None else input_ids, past_key_values)
         shift = _shift_of_cache(past_key_values)
         if shift is not None:
             tokens = inputs_embeds if input_ids is None else input_ids
@@ -420,6 +421,18 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 "positions as packed sequences; load the model with attn_implementation='sdpa'."
             )
         return pruning
+
+    def _check_context(self, tokens, past_key_values) -> None:
+        """Refuses a prompt that is longer than what the language model was made for; single steps of decoding may go on."""
+        text = self.config.text_config
+        rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+        limit = int(text.max_position_embeddings * (rope.get("factor") or 1))
+        length = _cached_tokens(past_key_values) + tokens.shape[1]
+        if tokens.shape[1] > 1 and length > limit:
+            raise ValueError(
+                f"the prompt has {length} tokens, but the language model takes at most {limit}; shorten the question, sample "
+                "fewer frames, or lower keep_ratio."
+            )
 
     def _patches_per_side(self) -> int:
         return self.config.vision_config.image_size // self.config.vision_config.patch_size

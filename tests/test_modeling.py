@@ -1104,17 +1104,15 @@ def test_a_tower_with_several_tapped_layers(processor):
     assert torch.equal(model(**unpruned).logits, stock(**ratio_free).logits)
 
 
-def test_a_prompt_longer_than_the_context_runs_as_in_the_stock_model(processor, model, stock):
-    """RoPE has no table to overrun: the stock model extrapolates without an error, and so does this one."""
-    question = " where is the star ?" * 500
-    inputs = processor(text="<video>" + question, videos=random_video(), keep_ratio=1)
-    assert inputs["input_ids"].shape[1] > model.config.text_config.max_position_embeddings
-    plain = {key: value for key, value in inputs.items() if key != "keep_ratio"}
-    assert torch.equal(model(**inputs, logits_to_keep=1).logits, stock(**plain, logits_to_keep=1).logits)
-    for positions in ("compact", "original"):
-        other = tiny_model(positions=positions)
-        logits = other(**processor(text="<video>" + question, videos=random_video()), logits_to_keep=1).logits
-        assert logits.isfinite().all()
+def test_a_prompt_longer_than_the_context_is_refused(processor, model):
+    model.config.text_config.max_position_embeddings = 40
+    fits = processor(text="<video> where", videos=random_video())
+    assert model(**fits).logits.isfinite().all()
+    inputs = processor(text="<video> " + "where " * 40, videos=random_video())
+    length = inputs["input_ids"].shape[1]
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=f"the prompt has {length} tokens, but the language model takes at most 40"):
+            call(**inputs)
 
 
 def test_one_frame_and_many_frames(processor, model):
