@@ -59,7 +59,7 @@ class PruMergePlus(PruMerge):
 
     @staticmethod
     def grid(num_tokens, pruning) -> range:
-        return range(0, num_tokens - 1, max(1, int(math.floor(1 / pruning.keep_ratio) / 3)))
+        return range(0, num_tokens - 1, max(1, int(math.floor(min(1 / pruning.keep_ratio, 3 * num_tokens)) / 3)))
 
     def choose(self, attention, num_kept, pruning):
         grid = torch.tensor(self.grid(attention.shape[1], pruning)[:num_kept], device=attention.device)
