@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .method_visionzip_rediprune import VisionZip  # noqa: F401
 
 LINK_KEYS = ("weights_from", "weights_revision")
+SCOPES = ("frame", "video", "medium")
 BASE_MODEL_TYPE = LlavaNextVideoConfig.model_type
 MODEL_CLASS = "modeling_rediprune_llava.ReDiPruneLlavaNextVideoForConditionalGeneration"
 # Written into every saved config.json: `register_for_auto_class` alone would keep one model entry, the last registered.
@@ -56,8 +57,11 @@ def _setting(default, accepts: Callable[[Any], bool], expected: str):
     return field(default=default, metadata={"accepts": accepts, "expected": expected})
 
 
-def _choice(default: str, names):
-    return _setting(default, lambda value: isinstance(value, str) and value in names, f"one of {', '.join(map(repr, names))}")
+def _choice(default: Optional[str], names):
+    """One of `names`; also `None` where that is the default: then the method decides."""
+    is_open = lambda value: default is None and value is None  # noqa: E731
+    accepts = lambda value: is_open(value) or isinstance(value, str) and value in names  # noqa: E731
+    return _setting(default, accepts, f"one of {', '.join(map(repr, names))}{' or None' if default is None else ''}")
 
 
 @dataclass
@@ -71,9 +75,17 @@ class PruningConfig:
         method (`str`, defaults to `"rediprune"`): which tokens stay; a key of `METHODS` in `methods_rediprune.py`.
         keep_ratio (`float`, defaults to 0.15): share of the visual tokens that stay, in (0, 1]. A set of `n` tokens
             keeps `count_kept(n, keep_ratio)`; 1 is the stock model.
+        scope (`str`, *optional*): what shares a budget. `"frame"` = each frame and each image view by itself; `"video"` =
+            all frames of a video jointly, image views by themselves; `"medium"` = all tokens of a video or an image.
         relevance (`str`, *optional*): the space in which tokens and question are compared, for the methods that look at the
             question. `"pooled"` = the ReDiPrune paper's; `"projected"` = the language model's input embeddings;
-            `"attention"` = the query-key space of its first layer; `None` = as the paper of the method has it.
+            `"attention"` = the query-key space of one of its first layers.
+        relevance_layer (`int`, defaults to 1): the layer of `"attention"`; the question goes through the layers before it.
+        distance (`str`, *optional*): what max-min diversity is measured in, `"features"` of the vision tower or
+            `"projected"` tokens. Used by the ReDiPrune methods and `"divprune"`.
+        time_weight (`float`, *optional*): what the whole length of a video adds to that distance, at least 0.
+        proportional_attention (`bool`, *optional*): a kept token weighs in the language model's attention as much as all
+            tokens that it stands for.
         alpha (`float`, defaults to 0.5): weight of the relevance beside the diversity (paper, §3.4).
         threshold (`float`, defaults to 0.0): the tau of Algorithm 1, a cosine. Used by the candidate pools
             `"algorithm1"` and `"released"`; at most 0 filters nothing.
@@ -87,9 +99,12 @@ class PruningConfig:
             `"evoprune_rediprune"`, which then selects among them.
         pooling (`str`, defaults to `"before"`): `"before"` = the checkpoint's own 2x2 video pooling, then prune;
             `"skip"` = prune the unpooled tokens of each frame and do not pool.
-        positions (`str`, defaults to `"compact"`): `"compact"` = the pruned prompt is numbered 0..n-1, as in the
-            paper; `"original"` = every token keeps the position that it has in the unpruned prompt.
+        positions (`str`, *optional*): `"compact"` = the pruned prompt is numbered 0..n-1, as in the paper; `"original"` =
+            every token keeps the position that it has in the unpruned prompt.
         seed (`int`, defaults to 0): seed of the method `"random"`.
+
+    For `scope`, `relevance`, `distance`, `time_weight`, `proportional_attention` and `positions`, `None` (the default) is
+    what the paper of the method has; `resolved` looks it up.
 
     Raises:
         ValueError: unknown key, or a value out of range; the message names key, value and allowed range.
@@ -97,10 +112,15 @@ class PruningConfig:
 
     method: str = _choice("rediprune", tuple(METHODS))
     keep_ratio: float = _setting(0.15, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
-    relevance: Optional[str] = _setting(
-        None,
-        lambda value: value is None or isinstance(value, str) and value in RELEVANCES,
-        f"one of {', '.join(map(repr, RELEVANCES))} or None",
+    scope: Optional[str] = _choice(None, SCOPES)
+    relevance: Optional[str] = _choice(None, RELEVANCES)
+    relevance_layer: int = _setting(1, lambda value: _is_integer(value) and value >= 0, "an integer of at least 0")
+    distance: Optional[str] = _choice(None, ("features", "projected"))
+    time_weight: Optional[float] = _setting(
+        None, lambda value: value is None or _is_number(value) and value >= 0, "a number of at least 0, or None"
+    )
+    proportional_attention: Optional[bool] = _setting(
+        None, lambda value: value is None or isinstance(value, bool), "true, false or None"
     )
     alpha: float = _setting(0.5, _is_number, "a finite number (0 leaves diversity alone)")
     threshold: float = _setting(0.0, lambda value: _is_number(value) and -1 <= value <= 1, "a cosine in [-1, 1]")
@@ -112,7 +132,7 @@ class PruningConfig:
     query_max_tokens: int = _setting(128, lambda value: _is_integer(value) and value > 0, "a positive integer")
     encoder_keep_ratio: float = _setting(0.5, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
     pooling: str = _choice("before", ("before", "skip"))
-    positions: str = _choice("compact", ("compact", "original"))
+    positions: Optional[str] = _choice(None, ("compact", "original"))
     seed: int = _setting(0, lambda value: _is_integer(value) and value >= 0, "a non-negative integer")
 
     def __post_init__(self):
@@ -146,6 +166,14 @@ class PruningConfig:
                 "query_weighting='none' drops the question; set one of them to its default first"
             )
 
+        if METHODS[values["method"]].merges_in_encoder:
+            for key in ("scope", "proportional_attention"):
+                if values[key] not in (None, "frame", False):
+                    raise ValueError(
+                        f"pruning key {key} is {values[key]!r}, but method={values['method']!r} merges tokens inside the vision "
+                        f"encoder, frame by frame and with sizes of its own; leave {key} at None"
+                    )
+
     @classmethod
     def _check_keys(cls, keys):
         allowed = cls.__dataclass_fields__
@@ -174,13 +202,13 @@ class PruningConfig:
         """Whether any token can be dropped."""
         return self.method != "none" and self.keep_ratio < 1
 
-    @property
-    def joint(self) -> bool:
-        """Whether all tokens of a medium are one set, instead of each frame and each image view."""
-        return self.prunes and METHODS[self.method].scope == "medium"
+    def resolved(self, key: str):
+        """The value of a key that may be `None`: then the method's own."""
+        value = getattr(self, key)
+        return getattr(METHODS[self.method], key) if value is None else value
 
     def count(self, num_tokens: int) -> int:
-        """How many of the `num_tokens` tokens of one set (a frame, an image view, or a medium where `joint`) stay."""
+        """How many of the `num_tokens` tokens of one set (a frame, an image view, or a whole medium) stay."""
         return METHODS[self.method].count(num_tokens, self) if self.prunes and num_tokens else num_tokens
 
     def to_dict(self) -> dict:

@@ -71,9 +71,16 @@ def num_unpruned(grids, newlines: bool) -> int:
     return total + (grids[-1].height if newlines else 0)
 
 
-def token_sets(grids, joint: bool) -> list:
+def taken_jointly(grids, pruning) -> bool:
+    """Whether all tokens of a medium are one set under `pruning` (a `PruningConfig`), instead of each frame or view."""
+    scope = pruning.resolved("scope") if pruning.prunes else "frame"
+    is_video = len(grids) == 1  # an image has its base view and its tiles
+    return scope == "medium" or scope == "video" and is_video
+
+
+def token_sets(grids, pruning) -> list:
     """The sets that are pruned, each to its own count: (number of sets, tokens in each) of every grid, or one for all."""
-    if joint:
+    if taken_jointly(grids, pruning):
         return [(1, num_unpruned(grids, newlines=False))]
     return [(grid.frames, grid.tokens_per_set) for grid in grids]
 
@@ -82,7 +89,7 @@ def num_placeholders(grids, pruning, newlines: bool) -> int:
     """Placeholders that a medium takes in the prompt under `pruning` (a `PruningConfig`); newlines go when tokens go."""
     if not pruning.prunes:
         return num_unpruned(grids, newlines)
-    return sum(number * pruning.count(size) for number, size in token_sets(grids, pruning.joint))
+    return sum(number * pruning.count(size) for number, size in token_sets(grids, pruning))
 
 
 def split_budget(total: int, sizes: list) -> list:

@@ -17,6 +17,9 @@ class VisualTokens:
 
     Attributes:
         features: (N, L, C) features of the tapped vision layer, any floating dtype; gradients flow to them.
+        compared: (N, L, ·) what distances between tokens are measured in: the features, or the projected tokens, as
+            `distance` says.
+        times: (N, L) fp32 in [0, 1), the share of the video that lies before the token's frame; 0 in images.
         relevance: (N, L) fp32, how much each token has to do with the question; `None` when the text is not used.
         text_rows: (N, T, L) fp32, for each word of the question its share of attention to each token: a row adds up to
             1 / words, or is zero where the question has fewer than T words; `None` when the text is not used.
@@ -29,6 +32,8 @@ class VisualTokens:
     """
 
     features: torch.Tensor
+    compared: Optional[torch.Tensor] = None
+    times: Optional[torch.Tensor] = None
     relevance: Optional[torch.Tensor] = None
     text_rows: Optional[torch.Tensor] = None
     projected: Optional[torch.Tensor] = None
@@ -45,13 +50,19 @@ class Method:
 
     Attributes:
         needs: the fields of `VisualTokens`, beside the features, that must be there.
-        relevance: what the method's paper compares the question with, used where the configuration leaves it open.
-        scope: `"frame"` = each frame and each image view is a set; `"medium"` = all tokens of a video or an image are one.
+
+    The others are keys of the pruning block, with the values that they have for this method where the configuration leaves
+    them open (`None`): those of its paper.
     """
 
     needs = frozenset()
+
     relevance = "pooled"
     scope = "frame"
+    distance = "features"
+    time_weight = 0.0
+    proportional_attention = False
+    positions = "compact"
 
     def count(self, num_tokens: int, pruning) -> int:
         """Tokens that stay of a set of `num_tokens`. The processor and the model both ask here."""

@@ -11,15 +11,12 @@ class DivPrune(Method):
 
     The paper takes all tokens of a prompt jointly, so that the frames of a video get unequal shares. Kept tokens cannot be
     picked again, and at least one stays.
-
-    Args:
-        scope: `"medium"` as in the paper, or `"frame"`.
     """
 
-    needs = frozenset({"projected"})
-
-    def __init__(self, scope: str = "medium"):
-        self.scope = scope
+    needs = frozenset({"compared", "times"})
+    scope = "medium"
+    distance = "projected"
 
     def select(self, tokens, num_kept, pruning):
-        return select_rediprune(tokens.projected, None, num_kept)
+        time_weight = pruning.resolved("time_weight")
+        return select_rediprune(tokens.compared, None, num_kept, times=tokens.times, time_weight=time_weight)

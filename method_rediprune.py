@@ -7,11 +7,11 @@ from .selection_rediprune import select_rediprune
 class ReDiPrune(Method):
     """Relevance plus max-min diversity, greedily (arXiv 2603.24680, Sec. 3 and Algorithm 1)."""
 
-    needs = frozenset({"relevance"})
+    needs = frozenset({"relevance", "compared", "times"})
 
     def select(self, tokens, num_kept, pruning):
         return select_rediprune(
-            tokens.features,
+            tokens.compared,
             None,
             num_kept,
             relevance=tokens.relevance,
@@ -19,4 +19,23 @@ class ReDiPrune(Method):
             threshold=pruning.threshold,
             candidate_pool=pruning.candidate_pool,
             max_candidates=pruning.max_candidates,
+            times=tokens.times,
+            time_weight=pruning.resolved("time_weight"),
         )
+
+
+class ReDiPrunePlus(ReDiPrune):
+    """
+    The same rule with this project's own choices around it, not the paper's.
+
+    The frames of a video share one budget; relevance and distance are measured in spaces that the checkpoint has aligned; to
+    be far in time is also to be far; a kept token weighs in attention as much as the tokens that it stands for, and stands
+    where it stood.
+    """
+
+    relevance = "attention"
+    scope = "video"
+    distance = "projected"
+    time_weight = 0.25
+    proportional_attention = True
+    positions = "original"

@@ -6,14 +6,14 @@ from .method_coverage_rediprune import MMTok, Scope
 from .method_divprune_rediprune import DivPrune
 from .method_evoprune_rediprune import EvoPrune, EvoPruneReDiPrune
 from .method_prumerge_rediprune import PruMerge, PruMergePlus
-from .method_rediprune import ReDiPrune
+from .method_rediprune import ReDiPrune, ReDiPrunePlus
 from .method_trim_rediprune import Trim
 from .method_visionzip_rediprune import VisionZip
 
 METHODS = {
     "rediprune": ReDiPrune(),
+    "rediprune_plus": ReDiPrunePlus(),
     "divprune": DivPrune(),
-    "divprune_frame": DivPrune(scope="frame"),
     "cdpruner": CDPruner(),
     "scope": Scope(),
     "mmtok": MMTok(),

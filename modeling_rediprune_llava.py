@@ -1,5 +1,6 @@
 """LLaVA-NeXT-Video whose visual tokens are pruned between the vision encoder and the projector."""
 
+import functools
 import itertools
 import os
 import zlib
@@ -14,6 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
+from .attention_rediprune import biased_mask
 from .clip_rediprune import encode_and_merge, read_attention
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import (
@@ -22,6 +24,7 @@ from .geometry_rediprune import (
     num_placeholders,
     num_unpruned,
     split_budget,
+    taken_jointly,
     token_sets,
     video_grids,
 )
@@ -37,8 +40,15 @@ from .method_base_rediprune import VisualTokens
 from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS
 from .positions_rediprune import image_offsets, pooled_places, position_gaps, video_offsets
-from .relevance_rediprune import attention_relevance, attention_rows, cosine_relevance, stack_rows, word_rows
-from .selection_rediprune import align_query, build_query
+from .relevance_rediprune import (
+    attention_relevance,
+    attention_rows,
+    cosine_relevance,
+    read_question,
+    stack_rows,
+    word_rows,
+)
+from .selection_rediprune import align_query, build_query, group_sizes
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
@@ -108,6 +118,8 @@ class Medium:
             that takes all tokens jointly, a single set of one (1, L, C).
         kept: for each of them (frames, k) indices of the tokens that stay, ascending.
         tokens: for each of them (frames, k, C) features of the tokens that stay.
+        sizes: for each of them (frames, k) fp32, how many tokens each of those stands for; `None` without proportional
+            attention.
     """
 
     kind: str
@@ -116,6 +128,7 @@ class Medium:
     sets: Optional[list] = None
     kept: Optional[list] = None
     tokens: Optional[list] = None
+    sizes: Optional[list] = None
 
     def offsets(self) -> torch.LongTensor:
         """Where the kept tokens stand in the unpruned medium, (number kept,)."""
@@ -263,11 +276,14 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         prompt = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         stock = {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
         self._check_context(inputs_embeds if input_ids is None else input_ids, past_key_values)
-        shift = _shift_of_cache(past_key_values)
+        shift, bias = (_of_cache(past_key_values, mark) for mark in ("position_shift", "attention_bias"))
         if shift is not None:
             tokens = inputs_embeds if input_ids is None else input_ids
             position_ids = _default_positions(position_ids, tokens, past_key_values) + shift[:, None].to(tokens.device)
         if pixel_values is None and pixel_values_videos is None:
+            if bias is not None:
+                tokens = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+                attention_mask = biased_mask(attention_mask, bias, tokens, past_key_values)
             return super().forward(**prompt, attention_mask=attention_mask, position_ids=position_ids, **stock)
 
         pixels = {"image": pixel_values, "video": pixel_values_videos}
@@ -299,7 +315,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             if tokens is not None:
                 embeds = embeds.masked_scatter(mask[..., None].expand_as(embeds).to(embeds.device), tokens.to(embeds))
 
-        if pruning.prunes and pruning.positions == "original":
+        if pruning.prunes and pruning.resolved("positions") == "original":
             gaps = self._position_gaps(media, masks)
             position_ids = _default_positions(position_ids, embeds, past_key_values) + gaps.cumsum(1)[:, :-1]
             shift = gaps.sum(1) if shift is None else gaps.sum(1) + shift.to(gaps.device)
@@ -307,12 +323,21 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 # Without a mask, gaps between positions are read as the borders of packed sequences.
                 num_tokens = _cached_tokens(past_key_values) + embeds.shape[1]
                 attention_mask = embeds.new_ones((len(embeds), num_tokens), dtype=torch.long)
+        if pruning.prunes and pruning.resolved("proportional_attention"):
+            num_cached = _cached_tokens(past_key_values)
+            cached = embeds.new_zeros(len(embeds), 0, dtype=torch.float32) if bias is None else bias
+            bias = torch.cat([F.pad(cached, (0, num_cached - cached.shape[1])), self._log_sizes(media, masks)], dim=1)
+        if bias is not None:
+            attention_mask = biased_mask(attention_mask, bias, embeds, past_key_values)
         outputs = super().forward(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **stock
         )
-        if shift is not None and outputs.past_key_values is not None:
-            # The cache is what goes from step to step and from turn to turn, so it carries how far its text was moved.
-            outputs.past_key_values.position_shift = shift
+        if outputs.past_key_values is not None:
+            # The cache is what goes from step to step and from turn to turn, so it carries how far its text was moved and
+            # what its tokens weigh.
+            for mark, value in {"position_shift": shift, "attention_bias": bias}.items():
+                if value is not None:
+                    setattr(outputs.past_key_values, mark, value)
         return ReDiPruneCausalLMOutputWithPast(
             **outputs,
             image_kept_indices=tuple(tuple(medium.kept) for medium in media if medium.kind == "image") or None,
@@ -415,11 +440,22 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         pruning = self.config.pruning.with_keep_ratio(None if keep_ratio is None else float(keep_ratio))
         # Read where it is used: flash attention takes gaps between positions for the borders of packed sequences.
         attention = self.config.text_config._attn_implementation or ""
-        if pruning.prunes and pruning.positions == "original" and "flash" in attention:
+        if pruning.prunes and pruning.resolved("positions") == "original" and "flash" in attention:
             raise ValueError(
                 f"positions='original' does not work with attn_implementation={attention!r}, which reads gaps between "
                 "positions as packed sequences; load the model with attn_implementation='sdpa'."
             )
+        if pruning.prunes and pruning.resolved("proportional_attention"):
+            if attention not in ("sdpa", "eager"):
+                raise ValueError(
+                    f"proportional_attention adds to the logits of attention, which attn_implementation={attention!r} does "
+                    "not allow; load the model with attn_implementation='sdpa'."
+                )
+            if getattr(self.config.text_config, "sliding_window", None):
+                raise ValueError(
+                    "proportional_attention works with full attention alone, but the language model has sliding_window="
+                    f"{self.config.text_config.sliding_window}; set proportional_attention to false."
+                )
         return pruning
 
     def _check_context(self, tokens, past_key_values) -> None:
@@ -529,8 +565,13 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             self._encode_images(images, pixels["image"], image_sizes, **tower)
         if videos:
             self._encode_videos(videos, pixels["video"], pruning, **tower)
-        if pruning.joint:
+        if "times" in tower["needs"]:
             for medium in media:
+                for grid, patches in zip(medium.grids, medium.sets):
+                    starts = torch.arange(grid.frames, device=patches["features"].device) / grid.frames
+                    patches["times"] = starts[:, None, None].expand(-1, grid.tokens_per_set, 1)
+        for medium in media:
+            if taken_jointly(medium.grids, pruning):
                 medium.sets = [_concatenate([_map(patches, _as_one_set) for patches in medium.sets], dim=1)]
 
     def _encode_videos(self, videos, pixels, pruning, **tower) -> None:
@@ -632,15 +673,19 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
     def _select(self, media, pruning, embeds, is_question, input_ids) -> None:
         """Fills in which tokens of every medium stay. Sets of one size are pruned together, in one call."""
         method = METHODS[pruning.method]
+        weigh = pruning.prunes and pruning.resolved("proportional_attention")
         by_size = defaultdict(list)
         for medium in media:
             medium.kept, medium.tokens = [None] * len(medium.sets), [None] * len(medium.sets)
-            for index, (_, size) in enumerate(token_sets(medium.grids, pruning.joint)):
+            medium.sizes = [None] * len(medium.sets) if weigh else None
+            for index, (_, size) in enumerate(token_sets(medium.grids, pruning)):
                 num_tokens = medium.sets[index]["features"].shape[1]
                 by_size[num_tokens, pruning.count(size)].append((medium, index))
         words = None
         if pruning.prunes and method.needs & {"relevance", "text_rows"} and pruning.query_weighting != "none":
             words = [row[mask][-pruning.query_max_tokens :] for row, mask in zip(embeds.detach(), is_question)]
+            if pruning.resolved("relevance") == "attention":
+                words = [read_question(self.model.language_model, text, pruning.relevance_layer) for text in words]
         seeds = _seeds(input_ids, is_question, media, pruning) if "seeds" in method.needs else None
         for (num_tokens, num_kept), sets in by_size.items():
             patches = _concatenate([medium.sets[index] for medium, index in sets])
@@ -655,6 +700,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 if seeds is not None:
                     tokens.seeds = [seed for medium, index in sets for seed in seeds[id(medium)][index]]
                 features, kept = method.reduce(tokens, num_kept, pruning)
+            if weigh:
+                times = patches["times"].squeeze(-1) if "times" in patches else None
+                sizes = group_sizes(patches["features"], kept, times, pruning.resolved("time_weight")).split(numbers)
+                for (medium, index), sizes in zip(sets, sizes):
+                    medium.sizes[index] = sizes
             if anchors is not None:
                 kept = anchors.gather(1, kept)
             for (medium, index), features, kept in zip(sets, features.split(numbers), kept.split(numbers)):
@@ -667,20 +717,23 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
         Args:
             patches: by name, what the vision tower gives of the sets.
-            words: for each row of the batch the input embeddings of its question (T, H); `None` where it is not used.
+            words: for each row of the batch its question (T, H), as input embeddings, or for the relevance `"attention"` as
+                the layer before gives it; `None` where it is not used.
             rows: for each set the row of the batch that it belongs to.
         """
-        relevance = pruning.relevance or method.relevance
+        relevance, distance = pruning.resolved("relevance"), pruning.resolved("distance")
         tokens = VisualTokens(**patches)
-        for name in patches.keys() & {"cls_attention", "last_cls_attention"}:
+        for name in patches.keys() & {"cls_attention", "last_cls_attention", "times"}:
             setattr(tokens, name, patches[name].squeeze(-1))
         reads = method.needs & {"relevance", "text_rows"} if words is not None else frozenset()
-        if "projected" in method.needs or reads and (relevance != "pooled" or "text_rows" in reads):
+        compares_projected = "compared" in method.needs and distance == "projected"
+        if "projected" in method.needs or compares_projected or reads and (relevance != "pooled" or "text_rows" in reads):
             tokens.projected = self.model.multi_modal_projector(tokens.features)
+        tokens.compared = tokens.projected if distance == "projected" else tokens.features
         if "relevance" in reads:
             tokens.relevance = self._relevance(relevance, tokens, words, rows, pruning)
         if "text_rows" in reads:
-            compare = self._attention_rows if relevance == "attention" else word_rows
+            compare = self._attention_rows(pruning) if relevance == "attention" else word_rows
             share = lambda text, projected: compare(text, projected) / len(text)  # noqa: E731
             tokens.text_rows = _rows_by_question(share, words, tokens.projected, rows)
         return tokens
@@ -688,15 +741,15 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
     def _relevance(self, relevance, tokens, words, rows, pruning) -> torch.Tensor:
         """(N, L) fp32: how much the tokens of each set have to do with the question of its sample."""
         if relevance == "attention":
-            return attention_relevance(_rows_by_question(self._attention_rows, words, tokens.projected, rows))
+            return attention_relevance(_rows_by_question(self._attention_rows(pruning), words, tokens.projected, rows))
         queries = torch.stack([build_query(text, pruning.query_weighting) for text in words])
         if relevance == "pooled":
             queries = align_query(queries, tokens.features.shape[-1])
         features = tokens.features if relevance == "pooled" else tokens.projected
         return cosine_relevance(features, queries.to(features.device)[rows])
 
-    def _attention_rows(self, words, projected) -> torch.Tensor:
-        return attention_rows(self.model.language_model.layers[0], words, projected)
+    def _attention_rows(self, pruning):
+        return functools.partial(attention_rows, self.model.language_model.layers[pruning.relevance_layer])
 
     def _project(self, media, pruning) -> Optional[torch.Tensor]:
         """The kept tokens of media of one kind, projected, in the order of their placeholders: (tokens, H)."""
@@ -713,7 +766,16 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             parts += [base, torch.cat([rows, newline], dim=1).flatten(0, 1)]
         return torch.cat(parts)
 
-    # -- positions ---------------------------------------------------------------------------------------------------
+    # -- what the language model has to know of what was dropped -------------------------------------------------------
+
+    def _log_sizes(self, media, masks) -> torch.Tensor:
+        """(B, T) fp32: log of the number of tokens that each visual token stands for, 0 for text."""
+        bias = torch.zeros(masks["image"].shape, device=masks["image"].device)
+        for kind, mask in masks.items():
+            sizes = [sizes.flatten() for medium in media if medium.kind == kind for sizes in medium.sizes]
+            if sizes:
+                bias[mask] = torch.cat(sizes).log().to(bias)
+        return bias
 
     def _position_gaps(self, media, masks) -> torch.LongTensor:
         """Positions of the unpruned prompt that are left out before each token and, last, after the end, (B, T + 1)."""
@@ -778,9 +840,10 @@ def _cached_tokens(past_key_values) -> int:
     return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 
-def _shift_of_cache(past_key_values) -> Optional[torch.LongTensor]:
-    """How far (B,) the text in a cache was moved by gaps; an emptied cache still has the mark of its former text."""
-    return getattr(past_key_values, "position_shift", None) if _cached_tokens(past_key_values) else None
+def _of_cache(past_key_values, mark: str) -> Optional[torch.Tensor]:
+    """What a cache carries beside keys and values: `"position_shift"` (B,), how far its text was moved by gaps, and
+    `"attention_bias"` (B, n), log sizes of its first tokens. An emptied cache still has the marks of its former text."""
+    return getattr(past_key_values, mark, None) if _cached_tokens(past_key_values) else None
 
 
 def _default_positions(position_ids, tokens, past_key_values) -> torch.LongTensor:
@@ -798,7 +861,7 @@ def _seeds(input_ids, is_question, media, pruning) -> dict:
         question = b"" if input_ids is None else input_ids[medium.row][is_question[medium.row]].cpu().numpy().tobytes()
         start = zlib.crc32(question, pruning.seed)
         counter = counters[medium.row]
-        sets = token_sets(medium.grids, pruning.joint)
+        sets = token_sets(medium.grids, pruning)
         seeds[id(medium)] = [[start + next(counter) for _ in range(number)] for number, _ in sets]
     return seeds
 

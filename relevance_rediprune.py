@@ -11,11 +11,52 @@ from .selection_rediprune import MIN_NORM, cosine_relevance
 # "pooled": cosine of the vision features with one vector for the text, which is brought to their width by averaging; the
 #     ReDiPrune paper's. Nothing has trained these two spaces to agree.
 # "projected": cosine of the projected tokens with that vector, in the space of the language model's input embeddings.
-# "attention": `attention_rows`, in the query-key space of the language model's first layer.
+# "attention": `attention_rows`, in the query-key space of one of the language model's first layers.
 RELEVANCES = ("pooled", "projected", "attention")
 WORD_TEMPERATURE = 0.02
 
-__all__ = ["RELEVANCES", "attention_relevance", "attention_rows", "cosine_relevance", "stack_rows", "word_rows"]
+__all__ = [
+    "RELEVANCES",
+    "attention_relevance",
+    "attention_rows",
+    "cosine_relevance",
+    "read_question",
+    "stack_rows",
+    "word_rows",
+]
+
+
+@torch.no_grad()
+def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """
+    The states (T, H) of a question after the first layers of the language model, which read it alone, without the visual
+    tokens: its words then know of each other ("red" and "star" of "red star"), which input embeddings do not.
+
+    Args:
+        language_model: a decoder with `layers`, `rotary_emb` and `config`.
+        words: (T, H) input embeddings of the question.
+        num_layers: how many layers read it; with 0 the embeddings are returned.
+
+    Raises:
+        ValueError: the model has no layer left whose attention could be looked at.
+    """
+    total = len(language_model.layers)
+    if num_layers >= total:
+        raise ValueError(
+            f"relevance_layer={num_layers} must be below {total}, the number of layers that the language model has."
+        )
+    if num_layers == 0 or len(words) == 0:
+        return words
+    states, mask = words[None], None
+    positions = torch.arange(len(words), device=words.device)[None]
+    if "flash" not in (language_model.config._attn_implementation or ""):  # which is causal by itself
+        least = torch.finfo(states.dtype).min
+        mask = torch.full((len(words), len(words)), least, dtype=states.dtype, device=states.device).triu(1)[None, None]
+    places = language_model.rotary_emb(states, positions)
+    for layer in language_model.layers[:num_layers]:
+        states = layer(states, attention_mask=mask, position_ids=positions, position_embeddings=places)
+        states = states[0] if isinstance(states, tuple) else states
+    return states[0]
 
 
 @torch.no_grad()
@@ -27,7 +68,7 @@ def attention_rows(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Te
     Args:
         layer: a decoder layer with `input_layernorm` and `self_attn` (`q_proj`, `k_proj`, `head_dim`, `scaling`, and `q_norm`
             and `k_norm` where the model has them); its heads may share keys.
-        words: (T, H) input embeddings of the question.
+        words: (T, H) the question, as the layer before gives it (`read_question`).
         tokens: (N, L, H) projected visual tokens.
 
     Returns:

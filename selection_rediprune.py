@@ -123,6 +123,8 @@ def select_rediprune(
     threshold: float = 0.0,
     candidate_pool: str = "all",
     max_candidates: int | None = None,
+    times: torch.Tensor | None = None,
+    time_weight: float = 0.0,
 ) -> torch.Tensor:
     """Greedy selection of relevant and mutually different tokens in every set (Sec. 3.3-3.4, Algorithm 1).
 
@@ -148,6 +150,8 @@ def select_rediprune(
             relevant if k < L // 2, whatever the value of tau; else those with s_i >= tau, or the k most
             relevant if fewer than k reach it.
         max_candidates: M of Algorithm 1, None for no cap.
+        times: (N, L) fp32, when each token is seen; not in the paper.
+        time_weight: with `times`, D_ij becomes 1 - <x_i, x_j> + time_weight |t_i - t_j|.
 
     Returns:
         LongTensor (N, k), ascending in each set.
@@ -221,6 +225,8 @@ def select_rediprune(
             reaches_threshold = relevance >= (threshold if threshold > 0 else -torch.inf)
         scores *= inverse_norm[:, :, None]
         torch.addcmul(weighted_relevance[:, None], scores, inverse_norm[:, None], value=-1, out=scores)
+        if times is not None and time_weight:
+            scores += time_weight * (times[:, :, None] - times[:, None]).abs()
         if has_relevance:
             best = relevance
         else:
@@ -266,6 +272,27 @@ def check_finite(name: str, values: torch.Tensor) -> None:
 def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Rows `indices` (N, k) of `features` (N, L, C) as (N, k, C), untouched; gradients flow to `features`."""
     return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
+
+
+@torch.no_grad()
+def group_sizes(
+    features: torch.Tensor, kept: torch.Tensor, times: torch.Tensor | None = None, time_weight: float = 0.0
+) -> torch.Tensor:
+    """How many tokens each kept one stands for: itself, and the dropped ones that it is the nearest kept token of.
+
+    The distance is that of `select_rediprune`, 1 - cosine + time_weight |t_i - t_j|. Features (N, L, C), `kept` (N, k)
+    ascending indices, times (N, L); returns (N, k) fp32, which adds up to L in each set.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        unit = F.normalize(features.float(), dim=-1, eps=MIN_NORM)
+        nearness = unit @ gather_tokens(unit, kept).mT
+        if times is not None and time_weight:
+            nearness -= time_weight * (times[:, :, None] - times.gather(1, kept)[:, None]).abs()
+    nearest = first_largest(nearness.flatten(0, 1)).view(kept.shape[0], -1)
+    ones = torch.ones_like(nearest, dtype=torch.float32)
+    own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    nearest = nearest.scatter(1, kept, own)  # also where two kept tokens are equal
+    return torch.zeros(kept.shape, device=kept.device).scatter_add_(1, nearest, ones)
 
 
 def select_random(num_tokens: int, num_kept: int, seeds: Sequence[int]) -> torch.Tensor:

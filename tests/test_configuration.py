@@ -16,7 +16,12 @@ from transformers import LlavaNextVideoConfig
 DEFAULTS = {
     "method": "rediprune",
     "keep_ratio": 0.15,
+    "scope": None,
     "relevance": None,
+    "relevance_layer": 1,
+    "distance": None,
+    "time_weight": None,
+    "proportional_attention": None,
     "alpha": 0.5,
     "threshold": 0.0,
     "candidate_pool": "all",
@@ -25,7 +30,7 @@ DEFAULTS = {
     "query_max_tokens": 128,
     "encoder_keep_ratio": 0.5,
     "pooling": "before",
-    "positions": "compact",
+    "positions": None,
     "seed": 0,
 }
 METHOD_NAMES = ", ".join(map(repr, METHODS))
@@ -41,6 +46,15 @@ REFUSED = [
     ("keep_ratio", "0.15", r"a number in (0, 1]"),
     ("keep_ratio", True, r"a number in (0, 1]"),
     ("keep_ratio", None, r"a number in (0, 1]"),
+    ("scope", "clip", "'frame', 'video', 'medium' or None"),
+    ("relevance_layer", -1, "an integer of at least 0"),
+    ("relevance_layer", None, "an integer of at least 0"),
+    ("relevance_layer", True, "an integer of at least 0"),
+    ("distance", "pooled", "'features', 'projected' or None"),
+    ("time_weight", -0.1, "a number of at least 0, or None"),
+    ("time_weight", math.inf, "a number of at least 0, or None"),
+    ("proportional_attention", 1, "true, false or None"),
+    ("proportional_attention", "yes", "true, false or None"),
     ("relevance", "clip", "'pooled', 'projected', 'attention' or None"),
     ("relevance", 1, "'pooled', 'projected', 'attention' or None"),
     ("relevance", "cosine", "one of 'pooled', 'projected', 'attention' or None"),
@@ -67,7 +81,12 @@ REFUSED = [
 OTHER_THAN_DEFAULT = {
     "method": "random",
     "keep_ratio": 0.3,
+    "scope": "video",
     "relevance": "attention",
+    "relevance_layer": 0,
+    "distance": "projected",
+    "time_weight": 0.1,
+    "proportional_attention": True,
     "alpha": 1.25,
     "threshold": 0.25,
     "candidate_pool": "algorithm1",
@@ -174,6 +193,11 @@ def test_a_block_of_the_wrong_type(block, tmp_path):
             {"candidate_pool": "released", "max_candidates": 4},
             "max_candidates=4.*candidate_pool='released'.*candidate_pool to 'algorithm1'",
         ),
+        ({"method": "evoprune", "scope": "video"}, "scope is 'video'.*method='evoprune' merges.*leave scope at None"),
+        (
+            {"method": "evoprune_rediprune", "proportional_attention": True},
+            "proportional_attention is True.*merges tokens inside.*leave proportional_attention at None",
+        ),
         (
             {"candidate_pool": "algorithm1", "query_weighting": "none"},
             "candidate_pool='algorithm1'.*query_weighting",
@@ -187,6 +211,15 @@ def test_values_that_exclude_each_other(block, message):
     with pytest.raises(ValueError, match=message):
         for key, value in block.items():
             setattr(by_attribute, key, value)
+
+
+def test_an_open_key_is_the_methods_own():
+    own = ("scope", "relevance", "distance", "time_weight", "proportional_attention", "positions")
+    resolved = lambda **block: tuple(PruningConfig(**block).resolved(key) for key in own)  # noqa: E731
+    assert resolved() == ("frame", "pooled", "features", 0.0, False, "compact")
+    assert resolved(method="rediprune_plus") == ("video", "attention", "projected", 0.25, True, "original")
+    closed = {"scope": "frame", "distance": "features", "time_weight": 0, "proportional_attention": False}
+    assert resolved(method="rediprune_plus", **closed) == ("frame", "attention", "features", 0, False, "original")
 
 
 def test_files_merge_over_defaults_and_arguments_over_files(tmp_path):

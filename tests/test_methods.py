@@ -32,7 +32,7 @@ def test_golden(golden_file):
         field = lambda key: tensors[f"{case['id']}.{key}"]  # noqa: E731
         if name == "divprune_select":
             if case["K"]:  # DivPrune may keep nothing, here a token always stays
-                tokens = VisualTokens(features=field("features")[None], projected=field("features")[None])
+                tokens = VisualTokens(features=field("features")[None], compared=field("features")[None])
                 kept = METHODS["divprune"].select(tokens, case["K"], PruningConfig())
                 assert kept[0].tolist() == field("kept").tolist(), case["id"]
             continue
@@ -59,15 +59,14 @@ def compass():
 def test_rediprune(compass):
     relevance = compass[..., 0]
     kept = lambda alpha: METHODS["rediprune"].select(  # noqa: E731
-        VisualTokens(compass, relevance=relevance), 3, PruningConfig(alpha=alpha)
+        VisualTokens(compass, compared=compass, relevance=relevance), 3, PruningConfig(alpha=alpha)
     )
     assert kept(0.5).tolist() == [[0, 3, 4]] and kept(2).tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize("name", ["divprune", "divprune_frame"])
-def test_divprune(compass, name):
-    tokens = VisualTokens(features=torch.zeros(1, 5, 7), projected=compass)
-    assert METHODS[name].select(tokens, 3, PruningConfig()).tolist() == [[0, 3, 4]]
+def test_divprune(compass):
+    tokens = VisualTokens(features=torch.zeros(1, 5, 7), compared=compass)
+    assert METHODS["divprune"].select(tokens, 3, PruningConfig(method="divprune")).tolist() == [[0, 3, 4]]
 
 
 def test_cdpruner(compass):
@@ -237,6 +236,8 @@ def make_tokens(kind="gaussian", num_sets=3, num_tokens=36, seed=0):
         sets.append(
             {
                 "features": features,
+                "compared": features @ mix,
+                "times": torch.arange(num_tokens) * 4 // num_tokens / 4,
                 "relevance": score(),
                 "text_rows": torch.stack([score() for _ in range(4)]) / 4,
                 "projected": features @ mix,
@@ -300,7 +301,9 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_selects_as_its_fp32_copy(self, name, dtype):
-        half = change(make_tokens(), lambda value: value.to(dtype), ["features", "projected", "keys", "last_keys"])
+        half = change(
+            make_tokens(), lambda value: value.to(dtype), ["features", "compared", "projected", "keys", "last_keys"]
+        )
         features, kept = reduce(name, half, 9)
         full_features, full_kept = reduce(name, change(half, torch.Tensor.float), 9)
         assert torch.equal(kept, full_kept)
@@ -328,9 +331,8 @@ class TestEveryMethod:
     def test_nan_raises(self, name):
         if name in ("random", "uniform"):
             pytest.skip("looks at no values")
-        for field in {"features", "projected", *METHODS[name].needs} & set(vars(make_tokens())) - {"seeds"}:
-            if field not in METHODS[name].needs and not (field == "features" and "projected" not in METHODS[name].needs):
-                continue
+        looks_at = METHODS[name].needs - {"seeds", "times"}
+        for field in looks_at | (set() if looks_at & {"compared", "projected"} else {"features"}):
             tokens = change(make_tokens(), torch.Tensor.clone)
             getattr(tokens, field)[1].flatten()[3] = torch.nan
             with pytest.raises(ValueError, match=r"NaN.*sets \[1\]"):

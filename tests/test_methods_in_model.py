@@ -4,7 +4,7 @@ import pytest
 import torch
 from rediprune.methods_rediprune import METHODS
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
-from rediprune.relevance_rediprune import RELEVANCES, attention_relevance, attention_rows, stack_rows, word_rows
+from rediprune.relevance_rediprune import RELEVANCES, attention_relevance, attention_rows, read_question, stack_rows, word_rows
 from tiny import random_image, random_video, stock_twin, tiny_model, tiny_processor
 
 QUESTIONS = ["what colour is the star ?", "which way does the red star on the left of blue move ?"]
@@ -190,3 +190,37 @@ def test_word_rows():
     torch.testing.assert_close(rows, torch.eye(3)[None, :2])  # exp(-1 / 0.02) is nothing
     stacked = stack_rows([rows, rows[:, :1]])
     assert stacked.shape == (2, 2, 3) and stacked[1, 1].tolist() == [0, 0, 0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_question_is_read_alone(attention):
+    """As the language model itself would, if the prompt were the question."""
+    model = tiny_model().model.language_model
+    model.set_attn_implementation(attention)
+    words = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    states = model(inputs_embeds=words[None], output_hidden_states=True).hidden_states
+    for depth in (0, 1):
+        torch.testing.assert_close(read_question(model, words, depth), states[depth][0])
+    assert read_question(model, words[:0], 1).shape == (0, 32)
+    with pytest.raises(ValueError, match="relevance_layer=2 must be below 2"):
+        read_question(model, words, 2)
+
+
+def test_relevance_layers_differ():
+    kept = []
+    for layer in (0, 1):
+        pruning = {"method": "rediprune", "keep_ratio": 0.25, "relevance": "attention", "relevance_layer": layer, "alpha": 9.0}
+        model = tiny_model(**pruning)
+        kept.append(model.select_tokens(**inputs_of(tiny_processor(**pruning), "video"))[0].kept[0])
+    assert not torch.equal(*kept)
+
+
+@pytest.mark.parametrize("scope, video, image", [("frame", 4, 2), ("video", 1, 2), ("medium", 1, 1)])
+def test_scope(scope, video, image):
+    """How many sets share a budget: of 4 frames, and of a base view with tiles."""
+    pruning = {"scope": scope, "keep_ratio": 0.25}
+    model, processor = tiny_model(**pruning), tiny_processor(**pruning)
+    of = lambda kind: model.select_tokens(**inputs_of(processor, kind, [0]))[0]  # noqa: E731
+    assert sum(len(kept) for kept in of("video").kept) == video
+    assert sum(len(kept) for kept in of("image").kept) == image

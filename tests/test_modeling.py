@@ -4,9 +4,11 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from rediprune.geometry_rediprune import token_sets
 from rediprune.methods_rediprune import METHODS
 from rediprune.selection_rediprune import align_query, build_query, select_rediprune
 from tiny import (
@@ -386,7 +388,16 @@ def test_the_ratio_of_a_call(model):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
-    "block", [{}, {"positions": "original"}, {"method": "random"}, {"pooling": "skip"}], ids=str
+    "block",
+    [
+        {},
+        {"positions": "original"},
+        {"method": "random"},
+        {"pooling": "skip"},
+        {"proportional_attention": True},
+        {"method": "rediprune_plus", "keep_ratio": 0.3},
+    ],
+    ids=str,
 )
 def test_a_sample_alone_is_the_sample_in_a_batch(block, side):
     processor, model = pruned(**block)
@@ -654,9 +665,81 @@ def test_original_positions_need_an_attention_that_reads_them():
         model(**inputs)
 
 
+# -- proportional attention -------------------------------------------------------------------------------------------
+
+
+def test_kept_tokens_stand_for_all_of_their_set():
+    processor, model = pruned(proportional_attention=True)
+    inputs = media_inputs(processor, "batch")
+    media = model.select_tokens(**inputs)
+    for medium in media:
+        for sizes, kept, (_, total) in zip(medium.sizes, medium.kept, token_sets(medium.grids, model.config.pruning)):
+            assert sizes.shape == kept.shape and (sizes >= 1).all()
+            assert sizes.sum(1).tolist() == [total] * len(sizes)
+    bias = model(**inputs).past_key_values.attention_bias
+    is_visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
+    assert (bias[~is_visual] == 0).all()
+    torch.testing.assert_close(bias.exp().sum(1) - (~is_visual).sum(1), unpruned_tokens(media, len(bias)))
+    assert pruned()[1].select_tokens(**inputs)[0].sizes is None
+
+
+def unpruned_tokens(media, rows):
+    totals = torch.zeros(rows)
+    for medium in media:
+        totals[medium.row] += sum(grid.frames * grid.tokens_per_set for grid in medium.grids)
+    return totals
+
+
+def test_tokens_that_stand_for_their_copies():
+    """Of a video of grey frames every token of a frame is the same: with one position for all, one of them is enough."""
+    processor, model = pruned(method="uniform", keep_ratio=0.5, proportional_attention=True)
+    frames = np.full((4, 40, 48, 3), 90, dtype=np.uint8)
+    with torch.no_grad():
+        tower = model.model.vision_tower
+        getattr(tower, "vision_model", tower).embeddings.position_embedding.weight.zero_()
+    answer = lambda keep_ratio: last_logits(model, processor(text="<video> where", videos=frames, keep_ratio=keep_ratio))
+    with_all = answer(1.0)
+    # Not zero: a visual token sees those before it, and after pruning these are fewer.
+    weighed = (answer(0.1) - with_all).abs().max()
+    model.config.pruning.proportional_attention = False
+    assert weighed < 0.1 * (answer(0.1) - with_all).abs().max()
+
+
+def last_logits(model, inputs):
+    inputs["position_ids"] = torch.zeros_like(inputs["input_ids"])
+    return model(**inputs).logits[:, -1]
+
+
+def test_proportional_attention_needs_a_fitting_attention():
+    processor, model = pruned(proportional_attention=True)
+    inputs = media_inputs(processor, "video")
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="proportional_attention .*'flash_attention_2'.*attn_implementation='sdpa'"):
+        model(**inputs)
+    model.config.text_config._attn_implementation = "sdpa"
+    model.config.text_config.sliding_window = 8
+    with pytest.raises(ValueError, match="sliding_window=8; set proportional_attention to false"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["video", "mixed", "batch"])
+def test_eager_attention_weighs_as_sdpa_does(name):
+    processor, model = pruned(method="rediprune_plus", keep_ratio=0.3)
+    inputs = media_inputs(processor, name)
+    reference = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    assert torch.allclose(model(**inputs).logits, reference, **LOOSE)
+
+
 # -- generation -------------------------------------------------------------------------------------------------------
 
-DECODING = [{"positions": "compact"}, {"positions": "original"}, {"positions": "original", "pooling": "skip"}]
+DECODING = [
+    {"positions": "compact"},
+    {"positions": "original"},
+    {"method": "rediprune_plus", "keep_ratio": 0.3},
+    {"positions": "original", "pooling": "skip"},
+    {"proportional_attention": True, "scope": "medium"},
+]
 
 
 def full_pass(model, inputs, ids):
@@ -695,7 +778,7 @@ def test_cached_decoding_is_one_full_pass(block, name):
     )  # the emptied cache of the last call
 
 
-@pytest.mark.parametrize("block", DECODING[:2], ids=str)
+@pytest.mark.parametrize("block", DECODING[:3], ids=str)
 @pytest.mark.parametrize("name", ["video", "images", "mixed", "batch"])
 def test_beams(block, name):
     processor, model = pruned(**block)
@@ -822,6 +905,7 @@ def next_prompt(processor, result, text, media):
         {"method": "uniform"},
         {"query_weighting": "none"},
         {"query_weighting": "none", "positions": "original"},
+        {"method": "rediprune_plus", "query_weighting": "none", "keep_ratio": 0.3},
     ],
     ids=str,
 )

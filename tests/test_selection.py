@@ -18,6 +18,7 @@ from selection_rediprune import (
     build_query,
     count_kept,
     gather_tokens,
+    group_sizes,
     query_tail,
     select_random,
     select_rediprune,
@@ -590,3 +591,57 @@ def test_controls_reject_empty_selections():
             select_uniform(num_tokens, num_kept)
         with pytest.raises(ValueError):
             select_random(num_tokens, num_kept, [0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Time, and what a kept token stands for
+
+
+def slow_with_time(features, relevance, times, num_kept, alpha, time_weight):
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    distance = 1 - unit @ unit.T + time_weight * (times[:, None] - times).abs()
+    kept = [int(relevance.argmax())]
+    while len(kept) < num_kept:
+        score = distance[kept].amin(0) + alpha * relevance
+        score[kept] = -torch.inf
+        kept.append(int(score.argmax()))
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("num_kept", [1, 3, 9, 20])
+def test_time_is_a_part_of_the_distance(num_kept):
+    generator = torch.Generator().manual_seed(0)
+    features, relevance = torch.randn(5, 24, 8, generator=generator), torch.rand(5, 24, generator=generator)
+    times = torch.arange(24).expand(5, -1) // 6 / 4
+    options = {"relevance": relevance, "alpha": 0.3}
+    kept = select_rediprune(features, None, num_kept, **options, times=times, time_weight=0.7)
+    expected = [slow_with_time(*row, num_kept, 0.3, 0.7) for row in zip(features, relevance, times)]
+    assert kept.tolist() == expected
+    plain = select_rediprune(features, None, num_kept, **options)
+    assert torch.equal(select_rediprune(features, None, num_kept, **options, times=times, time_weight=0.0), plain)
+    assert torch.equal(select_rediprune(features, None, num_kept, **options, times=times * 0, time_weight=9.0), plain)
+
+
+def test_equal_tokens_are_spread_over_time():
+    times = torch.arange(8)[None] / 8
+    kept = select_rediprune(torch.ones(1, 8, 4), None, 2, times=times, time_weight=1.0)
+    assert kept.tolist() == [[0, 7]]
+
+
+def test_group_sizes_by_hand():
+    angles = torch.deg2rad(torch.tensor([0.0, 10, 80, 90, 180]))
+    features = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+    assert group_sizes(features, torch.tensor([[0, 3]])).tolist() == [[2.0, 3.0]]
+    assert group_sizes(features, torch.tensor([[1, 2, 4]])).tolist() == [[2.0, 2.0, 1.0]]
+    times = torch.tensor([[0.0, 1, 0, 0, 0]])
+    assert group_sizes(features, torch.tensor([[0, 1]]), times, 5.0).tolist() == [[4.0, 1.0]]  # time alone decides
+
+
+@examples
+@given(any_kind)
+def test_group_sizes_add_up(selection):
+    features, query, num_kept = selection
+    num_tokens = features.shape[1]
+    kept = select_rediprune(features, query, num_kept)
+    sizes = group_sizes(features, kept)
+    assert sizes.dtype == torch.float32 and (sizes >= 1).all() and (sizes.sum(1) == num_tokens).all()

@@ -1,0 +1,50 @@
+"""Proportional attention: a kept token weighs in attention as much as all the tokens that it stands for.
+
+Pruning changes what attention averages over: of eight tokens of one circle and twenty of the background, two and one may stay.
+If token j stands for s_j equal tokens, adding log s_j to every logit of its column gives what the softmax over all of them gave.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+
+def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, past_key_values=None):
+    """
+    The mask of an attention whose logits get a bias for each column.
+
+    Args:
+        attention_mask: what the language model would get: `None`, (B, cached + T) with zeros for padding, (B, 1, T, K) bool or
+            additive, or a dictionary of those.
+        bias: (B, n) fp32, log s of the first n tokens of the text; of all others it is 0.
+        tokens: (B, T, H) the embeddings of this pass.
+        past_key_values: the cache, if there is one.
+
+    Returns:
+        (B, 1, T, K) additive, in the dtype of `tokens`, or a dictionary; K is the length of the keys, which is that of the
+        text, or all of a static cache.
+    """
+    if isinstance(attention_mask, dict):
+        return {kind: biased_mask(mask, bias, tokens, past_key_values) for kind, mask in attention_mask.items()}
+    if attention_mask is None or attention_mask.dim() == 2:
+        attention_mask = _causal_mask(attention_mask, tokens, past_key_values)
+    least = torch.finfo(tokens.dtype).min
+    if attention_mask.dtype == torch.bool:
+        attention_mask = torch.zeros_like(attention_mask, dtype=tokens.dtype).masked_fill(~attention_mask, least)
+    columns = F.pad(bias, (0, attention_mask.shape[-1] - bias.shape[1])).to(attention_mask)
+    return (attention_mask + columns[:, None, None]).clamp_min(least)
+
+
+def _causal_mask(padding: Optional[torch.Tensor], tokens: torch.Tensor, past_key_values) -> torch.Tensor:
+    """(B, 1, T, K) bool: what each token sees."""
+    num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    total = num_cached + tokens.shape[1]
+    layers = getattr(past_key_values, "layers", None)
+    length = max(total, getattr(layers[0], "max_cache_len", 0) if layers else 0)
+    places = torch.arange(length, device=tokens.device)
+    visible = (places <= places[num_cached:total, None])[None, None]
+    if padding is not None:
+        padding = padding[:, :total].to(tokens.device).bool()
+        visible = visible & F.pad(padding, (0, length - total))[:, None, None]
+    return visible.expand(len(tokens), -1, -1, -1)
