@@ -59,6 +59,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
+    if args.width < 1:
+        parser.error(f"--width {args.width} must be at least 1")
     for name in ("questions", "methods", "ratios"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     return args

@@ -41,7 +41,7 @@ def sheet(panels, traces, title: str, ratios, width: int = WIDTH) -> bytes:
     if len(traces) == 2:
         changing = [pair for pair in zip(*traces) if (pair[0].masks != pair[1].masks).any()]
         page.changes(changing, ratios[len(ratios) // 2], len(traces[0]))
-    page.foot()
+    page.foot(len(traces[0][0].ratios))
     buffer = io.BytesIO()
     page.picture().save(buffer, format="png", optimize=True)
     return buffer.getvalue()
@@ -212,13 +212,13 @@ class Page:
             self.text(EDGE, self.y, f"{text} the same tokens for both questions.", 15, SOFT)
             self.y += 30
 
-    def foot(self):
+    def foot(self, num_ratios: int):
         self.rule()
         lines = (
             "Bright patches stay, dimmed ones are dropped; a merged token is drawn where the token was whose place it takes. "
             "Pictures are the pixels that the model sees.",
-            "Order: every count was run. Where each choice contains the smaller one, it is the order of the picks; otherwise the "
-            "colour is the smallest ratio at which the token stays.",
+            f"Order: each method was run at {num_ratios} keep ratios. Where each choice contains the smaller one, and tokens come in "
+            "one by one, that is the order of the picks; otherwise the colour is the smallest ratio at which a token stays.",
         )
         self.y += 14
         font = ImageFont.load_default(14)
