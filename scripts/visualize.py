@@ -4,11 +4,11 @@ Writes OUTPUT.png (a contact sheet), OUTPUT.html (one self-contained page with a
 (the indices and scores). A method may carry changes to the pruning block after commas: rediprune,alpha=2.
 
 Examples:
-    python scripts/visualize.py --video samples/video-1.mp4 --questions "what colour is the square?" --output runs/kept
-    python scripts/visualize.py --video samples/video-1.mp4 --output runs/questions --methods rediprune,relevance=attention \\
+    python scripts/visualize.py --video samples/video-1.mp4 --questions "what colour is the square?" --output runs/a
+    python scripts/visualize.py --video samples/video-1.mp4 --output runs/b --methods rediprune,relevance=attention \\
         --questions "what colour is the square?" "where is the green star?" --ratios 0.1 0.25
     python scripts/visualize.py --image samples/image-1.png --questions "how many?" --methods rediprune divprune visionzip \\
-        --output runs/image --pruning positions=original
+        --output runs/c --pruning positions=original
 """
 
 import argparse
@@ -34,7 +34,7 @@ ENDINGS = (".png", ".html", ".json")
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_media_arguments(parser)
-    parser.add_argument("--questions", nargs="+", required=True, help="one or more; with two, their difference is shown too")
+    parser.add_argument("--questions", nargs="+", required=True, help="one or more; of two the difference is shown too")
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.png, OUTPUT.html, OUTPUT.json")
     parser.add_argument(
         "--methods",
@@ -44,7 +44,7 @@ def parse_arguments():
         help=f"default: {' '.join(DEFAULT_METHODS)}",
     )
     parser.add_argument(
-        "--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="keep ratios of the sheet (default: %(default)s)"
+        "--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="ratios of the sheet (default: %(default)s)"
     )
     parser.add_argument(
         "--steps",

@@ -215,10 +215,11 @@ class Page:
     def foot(self, num_ratios: int):
         self.rule()
         lines = (
-            "Bright patches stay, dimmed ones are dropped; a merged token is drawn where the token was whose place it takes. "
-            "Pictures are the pixels that the model sees.",
-            f"Order: each method was run at {num_ratios} keep ratios. Where each choice contains the smaller one, and tokens come in "
-            "one by one, that is the order of the picks; otherwise the colour is the smallest ratio at which a token stays.",
+            "Bright patches stay, dimmed ones are dropped; a merged token is drawn where the token was whose place it takes."
+            " Pictures are the pixels that the model sees.",
+            f"Order: each method was run at {num_ratios} keep ratios. Where each choice contains the smaller one, and"
+            " tokens come in one by one, that is the order of the picks; otherwise the colour is the smallest ratio at"
+            " which a token stays.",
         )
         self.y += 14
         font = ImageFont.load_default(14)

@@ -73,8 +73,10 @@ class Trace:
         """The tokens that compete with one another."""
         if not self.joint:
             return self.panel_slices
-        panels = [[part for part, owner in zip(self.panel_slices, self.medium_of) if owner == medium]
-                  for medium in dict.fromkeys(self.medium_of)]
+        panels = [
+            [part for part, owner in zip(self.panel_slices, self.medium_of) if owner == medium]
+            for medium in dict.fromkeys(self.medium_of)
+        ]
         return [slice(parts[0].start, parts[-1].stop) for parts in panels]
 
     @cached_property
@@ -173,7 +175,7 @@ def ratio_grid(model, prepared: PreparedMedia, pruning, asked, max_steps: int) -
 
 
 def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, ratios) -> Trace:
-    """Selects at every ratio. The vision tower is not asked again where the model remembers what it gave (`FeatureMemory`)."""
+    """Selects at every ratio. The vision tower is asked once where the model remembers what it gave (`FeatureMemory`)."""
     model.config.pruning = pruning
     counts, masks, look, look_name = [], [], None, None
     for ratio in ratios:
@@ -233,7 +235,8 @@ def looked_at(media, seen) -> tuple:
         for number, medium in enumerate(media):
             for index, patches in enumerate(medium.sets):
                 shape = patches["features"].shape
-                if shape[1] == tokens.features.shape[1]:  # sets of one size are selected together, in the order of the media
+                # Sets of one size are selected together, in the order of the media.
+                if shape[1] == tokens.features.shape[1]:
                     sets[number, index] = torch.stack([next(values) for _ in range(shape[0])]).flatten()
     if len(sets) != sum(len(medium.sets) for medium in media):
         return None, None

@@ -18,12 +18,13 @@ def find_browser():
 
 
 class Browser:
-    """One page. `problems` collects exceptions, console messages and what the log says; `requests` every address asked for."""
+    """One page. `problems` collects exceptions, console messages and the log; `requests` every address asked for."""
 
     def __init__(self, executable: str, profile):
         to_child, self._out = self._pipe()
         self._in, from_child = self._pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+        flags += ["--disable-dev-shm-usage"]  # containers have little shared memory
         flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
         def connect():  # Chromium reads commands from 3 and answers on 4
@@ -90,7 +91,8 @@ class Browser:
         elif event == "Network.requestWillBeSent":
             self.requests.append(details["request"]["url"])
         elif event == "Runtime.exceptionThrown":
-            self.problems.append(details["exceptionDetails"].get("exception", details["exceptionDetails"]).get("description"))
+            details = details["exceptionDetails"]
+            self.problems.append(details.get("exception", details).get("description", details.get("text")))
         elif event == "Runtime.consoleAPICalled":
             self.problems.append(str(details["args"]))
         elif event == "Log.entryAdded":

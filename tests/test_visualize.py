@@ -70,7 +70,9 @@ def test_prompts_are_those_of_the_processor(loaded, media, setting):
 
 
 @pytest.mark.parametrize("media", [VIDEO, IMAGE, IMAGES], ids=["video", "image", "images"])
-@pytest.mark.parametrize("setting", ["rediprune", "divprune", "visionzip", "trim", "random", "mmtok", "rediprune,pooling=skip"])
+@pytest.mark.parametrize(
+    "setting", ["rediprune", "divprune", "visionzip", "trim", "random", "mmtok", "rediprune,pooling=skip"]
+)
 def test_a_trace_says_what_the_model_keeps(loaded, media, setting):
     case = Case(loaded, media, setting)
     item = case.trace(steps=12)
@@ -193,7 +195,8 @@ def run(monkeypatch, *arguments):
 def written(tmp_path_factory):
     """The files of one run with two questions and three methods."""
     prefix = tmp_path_factory.mktemp("visualize") / "deep" / "kept"
-    arguments = [*VIDEO, "--output", str(prefix), "--questions", QUESTION, NASTY, "--methods", "rediprune", "divprune", "visionzip"]
+    arguments = [*VIDEO, "--output", str(prefix), "--questions", QUESTION, NASTY]
+    arguments += ["--methods", "rediprune", "divprune", "visionzip"]
     with pytest.MonkeyPatch.context() as patch:
         run(patch, *arguments)
     return {ending: prefix.with_name("kept" + ending) for ending in visualize.ENDINGS}
@@ -318,8 +321,8 @@ def test_patches_are_drawn_where_the_model_keeps_them(opened, loaded):
     marks = "[...document.querySelectorAll('#marks button')]"
     opened.evaluate(f"{marks}.find((chip) => chip.textContent === '0.25').click()")
     shown = opened.evaluate(
-        """[...document.querySelectorAll('.side.one svg')].map((svg) => [...svg.querySelectorAll('rect')]
-        .map((rect, place) => [rect, place]).filter(([rect]) => rect.classList.contains('kept')).map(([, place]) => place))"""
+        """[...document.querySelectorAll('.side.one svg')].map((svg) => [...svg.querySelectorAll('rect')].flatMap(
+        (rect, place) => rect.classList.contains('kept') ? [place] : []))"""
     )
     assert shown == medium.kept[0].tolist()
     box = opened.evaluate(
