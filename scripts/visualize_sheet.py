@@ -173,7 +173,8 @@ class Page:
             found.append(Exhibit(f"keep {ratio:g}", f"{first.counts[step]} of {first.num_tokens} tokens", pictures))
         pictures = [self.order(item) for item in group]
         if all(item.exact for item in group):
-            found.append(Exhibit("order of the picks", "the first nine numbered", pictures, (ORDER, "first", "last")))
+            detail = "the first nine numbered" if self.numbered(first) else "bright: picked early"
+            found.append(Exhibit("order of the picks", detail, pictures, (ORDER, "first", "last")))
         else:
             bar = (ORDER, "small ratio", "large")
             found.append(Exhibit("first ratio that keeps it", "bright: stays at small ratios", pictures, bar))
@@ -264,15 +265,20 @@ class Page:
         values = item.entry / max(1, last)
         pictures = self.clouded(item, colour_of(np.sqrt(values), ORDER, 0, 1))
         for picture, part, (height, width) in zip(pictures, item.panel_slices, item.grids):
+            if not self.numbered(item):
+                break
             cell = min(picture.height / height, picture.width / width)
-            if not item.exact or cell < 11:
-                continue
             draw, font = ImageDraw.Draw(picture), ImageFont.load_default(min(22, 0.72 * cell))
             for index in np.flatnonzero(item.rank[part] <= 9):
                 row, column = divmod(int(index), width)
                 centre = ((column + 0.5) * picture.width / width, (row + 0.5) * picture.height / height)
                 draw.text(centre, str(item.rank[part][index]), fill=(10, 20, 24), font=font, anchor="mm")
         return pictures
+
+    def numbered(self, item) -> bool:
+        """Whether there is an order, and room in every patch to write it."""
+        sides = [min(size[0] / width, size[1] / height) for size, (height, width) in zip(self.sizes, item.grids)]
+        return item.exact and min(sides) >= 11
 
     def cells(self, item, index: int, values) -> Image.Image:
         values = np.asarray(values).astype(np.uint8).reshape(item.grids[index])
