@@ -10,10 +10,9 @@ Examples:
 import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
-from PIL import Image
+from media import add_media_arguments, process, read_media
 from repository import StageTimer, add_model_arguments, environment, fail, load
 
 STAGES = ("reading the media", "vision encoder", "selection", "projector", "prefill", "decode")
@@ -21,14 +20,10 @@ STAGES = ("reading the media", "vision encoder", "selection", "projector", "pref
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    media = parser.add_mutually_exclusive_group(required=True)
-    media.add_argument("--video", help="video file or URL")
-    media.add_argument("--image", nargs="+", help="one or more image files")
-    media.add_argument("--frames", help="folder of images that are the frames of a video, in the order of their names")
+    add_media_arguments(parser)
     parser.add_argument("--question", required=True)
     parser.add_argument("--keep-ratio", type=float, help="share of the visual tokens that stay (default: as config.json says)")
     parser.add_argument("--method", help="pruning method (default: as config.json says)")
-    parser.add_argument("--num-frames", type=int, help="frames sampled from a video (default: as the repository says)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--compare", action="store_true", help="also answer with all visual tokens, side by side")
     parser.add_argument("--overlay", help="picture of the frames, kept patches bright and the rest dimmed (.png)")
@@ -37,37 +32,10 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def read_media(args) -> dict:
-    """The media as the processor takes them."""
-    if args.video:
-        return {"videos": [args.video]}
-    if args.image:
-        return {"images": [open_image(path) for path in args.image]}
-    folder = Path(args.frames)
-    if not folder.is_dir():
-        fail(f"--frames {args.frames}: no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in Image.registered_extensions())
-    if not paths:
-        fail(f"--frames {args.frames}: the folder holds no images")
-    return {"videos": [[open_image(path) for path in paths]]}
-
-
-def open_image(path):
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read as an image: {error}")
-
-
 def prepare(args, processor, keep_ratio) -> tuple:
     """The model's inputs, and the seconds that reading and preprocessing the media took."""
     start = time.perf_counter()
-    media = read_media(args)
-    kind = "video" if "videos" in media else "image"
-    content = [{"type": kind}] * len(media[f"{kind}s"]) + [{"type": "text", "text": args.question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    options = {} if args.num_frames is None or kind == "image" else {"num_frames": args.num_frames}
-    inputs = processor(text=prompt, keep_ratio=keep_ratio, return_tensors="pt", **media, **options)
+    inputs = process(args, processor, read_media(args), args.question, keep_ratio)
     return inputs, time.perf_counter() - start
 
 

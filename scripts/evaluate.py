@@ -20,7 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from repository import key_value, add_model_arguments, environment, fail, load, write_whole
+from repository import (
+    FeatureMemory,
+    add_model_arguments,
+    environment,
+    fail,
+    load,
+    parse_setting,
+    write_whole,
+)
 from toy_world import HELD_OUT_START, sample_image, sample_video
 from tqdm import tqdm
 
@@ -29,7 +37,6 @@ DEFAULT_RATIOS = (0.5, 0.25, 0.15, 0.1)
 UNPRUNED = "unpruned"
 RESAMPLES = 2000
 BATCH = 48
-TOWER_FIELDS = {"cls_attention", "keys", "last_cls_attention", "last_keys"}  # what a method may need of the vision tower
 
 
 def parse_arguments():
@@ -48,12 +55,6 @@ def parse_arguments():
     if args.scenes < 1 or args.batch < 1:
         parser.error(f"--scenes {args.scenes} and --batch {args.batch} must be at least 1")
     return args
-
-
-def parse_setting(text: str) -> dict:
-    """`"rediprune,alpha=2"` -> `{"method": "rediprune", "alpha": 2}`."""
-    method, *changes = text.split(",")
-    return {"method": method, **dict(key_value(change) for change in changes)}
 
 
 class Questions:
@@ -80,27 +81,6 @@ class Questions:
             ]
             scenes = [scene.frames if self.kind == "video" else scene.frames[0] for _, scene, _ in part]
             yield processor(text=prompts, **{f"{self.kind}s": scenes}, keep_ratio=keep_ratio, padding=True)
-
-
-class FeatureMemory:
-    """Remembers what the vision tower gave for a picture: the settings differ in what they keep of it, not in what it gives.
-
-    The features are those of the first time, bit for bit. A method that prunes inside the tower goes past it.
-    """
-
-    def __init__(self, model):
-        self.encode = model._tap
-        self.known = {}
-        model._tap = self
-
-    def __call__(self, pixels, needs=frozenset(), **kwargs):
-        keys = [(hash(picture.cpu().numpy().tobytes()), needs & TOWER_FIELDS) for picture in pixels]
-        new = {key: picture for key, picture in zip(keys, pixels) if key not in self.known}
-        if new:
-            patches = self.encode(torch.stack(list(new.values())), needs=needs, **kwargs)
-            for index, key in enumerate(new):
-                self.known[key] = {name: values[index] for name, values in patches.items()}
-        return {name: torch.stack([self.known[key][name] for key in keys]) for name in self.known[keys[0]]}
 
 
 @torch.inference_mode()

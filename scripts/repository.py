@@ -17,6 +17,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
+TOWER_FIELDS = {"cls_attention", "keys", "last_cls_attention", "last_keys"}  # what a method may need of the vision tower
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,6 +68,12 @@ def json_or_string(text: str):
         return text
 
 
+def parse_setting(text: str) -> dict:
+    """`"rediprune,alpha=2"` -> `{"method": "rediprune", "alpha": 2}`."""
+    method, *changes = text.split(",")
+    return {"method": method, **dict(key_value(change) for change in changes)}
+
+
 def load(args, pruning: dict = None) -> tuple:
     """Model (in eval mode, on its device) and processor through the Auto classes, as a user loads them.
 
@@ -112,15 +119,36 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def write_whole(path, text: str) -> None:
-    """Writes a file whole or not at all."""
+def write_whole(path, content) -> None:
+    """Writes a file, of text or of bytes, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
+
+
+class FeatureMemory:
+    """Remembers what the vision tower gave for a picture: the settings differ in what they keep of it, not in what it gives.
+
+    The features are those of the first time, bit for bit. A method that prunes inside the tower goes past it.
+    """
+
+    def __init__(self, model):
+        self.encode = model._tap
+        self.known = {}
+        model._tap = self
+
+    def __call__(self, pixels, needs=frozenset(), **kwargs):
+        keys = [(hash(picture.cpu().numpy().tobytes()), needs & TOWER_FIELDS) for picture in pixels]
+        new = {key: picture for key, picture in zip(keys, pixels) if key not in self.known}
+        if new:
+            patches = self.encode(torch.stack(list(new.values())), needs=needs, **kwargs)
+            for index, key in enumerate(new):
+                self.known[key] = {name: values[index] for name, values in patches.items()}
+        return {name: torch.stack([self.known[key][name] for key in keys]) for name in self.known[keys[0]]}
 
 
 class StageTimer:

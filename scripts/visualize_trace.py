@@ -1,0 +1,243 @@
+"""What a method keeps of a medium at every keep ratio of a grid, in which order, and what it looks at while it chooses."""
+
+import copy
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Optional
+
+import numpy as np
+import torch
+from media import chat_prompt, process
+from overlay import to_pictures, untile
+
+# What a method may look at, beside the features themselves, and how a caption calls it; of several the first is shown.
+LOOKS = {
+    "relevance": "relevance to the question",
+    "text_rows": "closeness to the question's words",
+    "last_cls_attention": "attention of CLS, last layer",
+    "cls_attention": "attention of CLS",
+}
+
+
+@dataclass
+class Panel:
+    """A picture that stands for one set of tokens: a frame, a base view, the tiles of an image."""
+
+    label: str
+    picture: np.ndarray  # uint8 (height, width, 3)
+
+
+@dataclass
+class Trace:
+    """
+    One question and one method through all keep ratios. Tokens are counted through all panels, in raster order in each.
+
+    Attributes:
+        question, setting: what was asked, and the method with its changes to the pruning block.
+        pruning: the whole pruning block, as a dictionary.
+        grids: (height, width) in tokens of each panel.
+        joint: whether all panels of a medium are one set.
+        medium_of: for each panel the medium it belongs to.
+        ratios: the keep ratios, ascending, the last one 1.
+        counts: (R,) tokens that go on at each ratio.
+        masks: (R, tokens) bool, the places that have a token at each ratio.
+        look: (tokens,) what the method compared the tokens by, `None` where it looks at the features alone.
+        look_name: the name of that in `LOOKS`.
+    """
+
+    question: str
+    setting: str
+    pruning: dict
+    grids: list
+    joint: bool
+    medium_of: list
+    ratios: list
+    counts: np.ndarray
+    masks: np.ndarray
+    look: Optional[np.ndarray] = None
+    look_name: Optional[str] = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.masks.shape[1]
+
+    @cached_property
+    def panel_slices(self) -> list:
+        ends = np.cumsum([height * width for height, width in self.grids]).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+    @cached_property
+    def set_slices(self) -> list:
+        """The tokens that compete with one another."""
+        if not self.joint:
+            return self.panel_slices
+        panels = [
+            [part for part, owner in zip(self.panel_slices, self.medium_of) if owner == medium]
+            for medium in dict.fromkeys(self.medium_of)
+        ]
+        return [slice(parts[0].start, parts[-1].stop) for parts in panels]
+
+    @cached_property
+    def entry(self) -> np.ndarray:
+        """(tokens,) the step of `ratios` at which a token first stays."""
+        return self.masks.argmax(0)
+
+    @cached_property
+    def nested(self) -> bool:
+        """Whether what stays at a ratio also stays at every larger one."""
+        return bool((self.masks[:-1] <= self.masks[1:]).all())
+
+    @cached_property
+    def exact(self) -> bool:
+        """Whether `rank` is the order of the picks: choices are nested, and none of the steps adds two tokens to a set."""
+        sizes = np.stack([self.masks[:, part].sum(1) for part in self.set_slices], axis=1)
+        return self.nested and bool((sizes[0] <= 1).all() and (np.diff(sizes, axis=0) <= 1).all())
+
+    @cached_property
+    def rank(self) -> np.ndarray:
+        """(tokens,) from 1, in its set: one more than the tokens that first stay at a smaller ratio."""
+        rank = np.empty(self.num_tokens, dtype=int)
+        for part in self.set_slices:
+            rank[part] = 1 + (self.entry[part][:, None] > self.entry[part]).sum(1)
+        return rank
+
+    def step(self, ratio: float) -> int:
+        return self.ratios.index(ratio)
+
+
+class PreparedMedia:
+    """The media of all questions: decoded, preprocessed and encoded once."""
+
+    def __init__(self, args, model, processor, media: dict):
+        self.model, self.processor, self.media = model, processor, media
+        inputs = process(args, processor, media, "?", keep_ratio=1.0)
+        names = ("pixel_values", "pixel_values_videos", "image_sizes")
+        self.pixels = {name: inputs[name] for name in names if name in inputs}
+        self.on_device = {
+            name: values.to(model.device, model.dtype if values.is_floating_point() else None)
+            for name, values in self.pixels.items()
+        }
+
+    def inputs(self, question: str, pruning) -> dict:
+        """What the processor would return for the question under `pruning`, without reading the media again."""
+        caller = copy.copy(self.processor)
+        caller.pruning = pruning
+        kind, expand = "video", caller.replace_video_token
+        if "images" in self.media:
+            kind, expand = "image", caller.replace_image_token
+        token = getattr(self.processor, f"{kind}_token")
+        number_of_media = len(self.media[f"{kind}s"])
+        numbers = iter(range(number_of_media))
+        prompt = chat_prompt(self.processor, self.media, question)
+        prompt = re.sub(re.escape(token), lambda match: expand(self.pixels, next(numbers)), prompt, count=number_of_media)
+        tokens = self.processor.tokenizer([prompt], return_tensors="pt").to(self.model.device)
+        return {**tokens, **self.on_device, "keep_ratio": pruning.keep_ratio}
+
+    def panels(self) -> list:
+        """The pictures as the model sees them."""
+        if "videos" in self.media:
+            frames = to_pictures(self.pixels["pixel_values_videos"][0], self.processor.video_processor)
+            return [Panel(f"frame {number}", frame) for number, frame in enumerate(frames, 1)]
+        panels, several = [], len(self.media["images"]) > 1
+        for number, (pixels, size) in enumerate(zip(self.pixels["pixel_values"], self.pixels["image_sizes"].tolist()), 1):
+            name = f"image {number}, " if several else ""
+            views = to_pictures(pixels, self.processor.image_processor)
+            panels.append(Panel(name + "base view", views[0]))
+            panels.append(Panel(name + "tiles", untile(self.model, views[1:], size)))
+        return panels
+
+
+@contextmanager
+def watched(model):
+    """A list of what methods are shown (`VisualTokens`) inside the block, one for each call."""
+    seen, original = [], model._visual_tokens
+
+    def show(*args, **kwargs):
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+
+    model._visual_tokens = show
+    try:
+        yield seen
+    finally:
+        del model._visual_tokens
+
+
+def ratio_grid(model, prepared: PreparedMedia, pruning, asked, max_steps: int) -> list:
+    """The ratios that are asked for, and one for each count of the largest frame or view, but at most `max_steps`."""
+    inputs = prepared.inputs("?", pruning.with_keep_ratio(1.0))
+    model.config.pruning = pruning
+    media = model.select_tokens(**inputs)
+    steps = min(max_steps, max(grid.tokens_per_set for medium in media for grid in medium.grids))
+    return sorted({*asked, *((step + 1) / steps for step in range(steps))})
+
+
+def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, ratios) -> Trace:
+    """Selects at every ratio. The vision tower is asked once where the model remembers what it gave (`FeatureMemory`)."""
+    model.config.pruning = pruning
+    counts, masks, look, look_name = [], [], None, None
+    for ratio in ratios:
+        block = pruning.with_keep_ratio(ratio)
+        with watched(model) as seen:
+            media = model.select_tokens(**prepared.inputs(question, block))
+        if look is None:
+            look, look_name = looked_at(media, seen)
+        places = [_places(medium) for medium in media]
+        counts.append(sum(len(found) for found, _ in places))
+        masks.append(np.concatenate([np.isin(np.arange(total), found) for found, total in places]))
+    grids = [(number, grid) for number, medium in enumerate(media) for grid in medium.grids for _ in range(grid.frames)]
+    return Trace(
+        question=question,
+        setting=setting,
+        pruning=pruning.to_dict(),
+        grids=[(grid.height, grid.width) for _, grid in grids],
+        joint=pruning.with_keep_ratio(ratios[0]).joint,
+        medium_of=[number for number, _ in grids],
+        ratios=list(ratios),
+        counts=np.array(counts),
+        masks=np.stack(masks),
+        look=look,
+        look_name=look_name,
+    )
+
+
+def _places(medium) -> tuple:
+    """Where the kept tokens of a medium are, counted through all its sets, and how many tokens it has."""
+    places, start = [], 0
+    sizes = [(grid.frames, grid.tokens_per_set) for grid in medium.grids]
+    total = sum(frames * size for frames, size in sizes)
+    if sum(len(kept) for kept in medium.kept) != sum(frames for frames, _ in sizes):
+        sizes = [(1, total)]  # one set of all tokens
+    for (frames, size), kept in zip(sizes, medium.kept):
+        places.append((kept.cpu() + start + size * torch.arange(frames)[:, None]).flatten())
+        start += frames * size
+    return torch.cat(places).numpy(), total
+
+
+def looked_at(media, seen) -> tuple:
+    """
+    What a method compared the tokens by, in the order of the tokens, and what that is called; (`None`, `None`) where it was
+    the features alone, or tokens that the tower had merged.
+
+    Args:
+        media: what was selected.
+        seen: what the method was shown, one `VisualTokens` for each size of set.
+    """
+    sets = {}
+    for tokens in seen:
+        name = next((name for name in LOOKS if getattr(tokens, name) is not None), None)
+        values = getattr(tokens, name) if name else None
+        if name is None or any("anchors" in patches for medium in media for patches in medium.sets):
+            return None, None
+        values = iter((values.sum(1) if name == "text_rows" else values).float().cpu())
+        for number, medium in enumerate(media):
+            for index, patches in enumerate(medium.sets):
+                shape = patches["features"].shape
+                # Sets of one size are selected together, in the order of the media.
+                if shape[1] == tokens.features.shape[1]:
+                    sets[number, index] = torch.stack([next(values) for _ in range(shape[0])]).flatten()
+    if len(sets) != sum(len(medium.sets) for medium in media):
+        return None, None
+    return torch.cat([sets[key] for key in sorted(sets)]).numpy(), name
