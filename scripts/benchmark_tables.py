@@ -1,0 +1,172 @@
+"""The numbers of a benchmark in Markdown, and the ratios that are made of them."""
+
+from statistics import median
+
+STAGES = ("vision encoder", "selection", "projector", "prefill", "decode")
+COLUMNS = (*STAGES[:-1], "other", "decode", "end to end")
+
+
+def spread(values: list) -> dict:
+    return {"median": median(values), "low": min(values), "high": max(values)}
+
+
+def summarise(rows: list, layer_factor: float = 1.0) -> list:
+    """
+    For each measured row medians and ranges, and its ratios to the unpruned model that ran in turns with it.
+
+    Args:
+        rows: as `measure` of benchmark.py gives them; a group starts with its unpruned row.
+        layer_factor: layers of the true language model for each measured one, by which a saving in prefill grows.
+    """
+    summary, base = [], None
+    for row in rows:
+        key = {name: row[name] for name in ("method", "keep_ratio", "frames", "pooling", "batch", "error")}
+        if row["method"] == "unpruned":
+            base = row
+        if row["error"] is None:
+            key["seconds"] = {stage: spread(values) for stage, values in row["samples"].items()}
+            key["answers_per_second"] = row["batch"] / key["seconds"]["end to end"]["median"]
+            if base["error"] is None:
+                key |= _against(base, row, layer_factor)
+        summary.append(key)
+    return summary
+
+
+def _against(base: dict, row: dict, layer_factor: float) -> dict:
+    """Ratios of one row to the unpruned one; those of times are taken round by round."""
+
+    def rounds(stage):
+        return list(zip(base["samples"][stage], row["samples"][stage]))
+
+    speedup = spread([before / after for before, after in rounds("prefill")])
+    operations = base["operations"]["prefill"] / row["operations"]["prefill"]
+    saved = median(before - after for before, after in rounds("prefill")) * layer_factor
+    selection = median(row["samples"]["selection"])
+    return {
+        "prefill_speedup": speedup,
+        "end_to_end_speedup": spread([before / after for before, after in rounds("end to end")]),
+        "prefill_operations_ratio": operations,
+        "formula_ratio": base["paper_prefill_multiply_adds"] / row["paper_prefill_multiply_adds"],
+        "share_of_limit": speedup["median"] / operations,
+        "selection_share_of_saving": selection / saved if saved > 0 and row is not base else None,
+    }
+
+
+def table(header: list, rows: list) -> list:
+    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def milliseconds(value: dict) -> str:
+    return f"{1000 * value['median']:.4g} ({1000 * value['low']:.4g} to {1000 * value['high']:.4g})"
+
+
+def factor(value: dict) -> str:
+    return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+
+
+def heading(report: dict, title: str) -> list:
+    run, load = report["environment"], report["load_average"]
+    device = f"{run['gpu']}, " if "gpu" in run else ""
+    return [
+        f"# {title}",
+        "",
+        f"Command: `{report['command']}`  ",
+        f"{device}{run['cpu']}, {run['threads']} threads, {run['device']}, {run['dtype']}, torch {run['torch']}, transformers "
+        f"{run['transformers']}, Python {run['python']}, {run['date']}, {report['minutes']:g} minutes; load average of the "
+        f"machine before {load['before']:.1f}, after {load['after']:.1f}.  ",
+        f"{report['repeats']} runs of each after {report['warmup']} to warm up, in turns; medians, in brackets the smallest and the "
+        "largest.",
+    ]
+
+
+def setting(row: dict) -> list:
+    name = row["method"] if row["method"] == "unpruned" else f"{row['method']} {row['keep_ratio']:g}"
+    return [name, f"{row['frames']} x {row['pooling']}", str(row["batch"])]
+
+
+def markdown(report: dict) -> str:
+    lines = selection_tables(report) if report["kind"] == "selection" else model_tables(report)
+    return "\n".join(lines) + "\n"
+
+
+def selection_tables(report: dict) -> list:
+    lines = heading(report, f"The selection alone, sets of tokens {report['width']} wide")
+    lines[-1] += " The speed-up is that of each turn. Identical: both pick the same tokens in every frame."
+    rows = []
+    for row in report["rows"]:
+        plain, ours = row["samples"]["plain loop"], row["samples"]["select_rediprune"]
+        ratio = spread([before / after for before, after in zip(plain, ours)])
+        cells = [f"{row['frames']} x {row['tokens']}", f"{row['keep_ratio']:g}", str(row["kept"])]
+        cells += [milliseconds(spread(plain)), milliseconds(spread(ours)), factor(ratio)]
+        rows.append([*cells, "yes" if row["identical"] else "NO"])
+    header = ["frames x tokens", "keep ratio", "kept", "plain loop (ms)", "select_rediprune (ms)", "speed-up", "identical"]
+    return [*lines, "", *table(header, rows)]
+
+
+def model_tables(report: dict) -> list:
+    layers = report["layers"]
+    lines = heading(report, f"Time, memory and operations: {report['model']}")
+    lines[-1] += (
+        f" Language model {layers['language']} of {layers['language_of']} layers, vision tower {layers['vision']} of "
+        f"{layers['vision_of']}; {report['attention']} attention; {report['text_tokens']} text tokens, "
+        f"{report['new_tokens']} generated; weights {report['weights_bytes'] / 1e6:.0f} MB."
+    )
+    measured = [(row, short) for row, short in zip(report["rows"], report["summary"]) if row["error"] is None]
+    names = ["setting", "frames x pooling", "batch"]
+    lines += ["", "## Where the time goes (ms)", ""]
+    lines += table([*names, *(f"{name} a token" if name == "decode" else name for name in COLUMNS), "answers a second"], [
+        [*setting(row), *(milliseconds(short["seconds"][name]) for name in COLUMNS), f"{short['answers_per_second']:.4g}"]
+        for row, short in measured
+    ])  # fmt: skip
+    lines += [
+        "",
+        "`selection` has the query in it, `other` what is between the stages: embeddings, the head, the loop of `generate`.",
+        "",
+        "## What is saved",
+        "",
+    ]
+    header = [*names, "visual tokens", "prefill speed-up", "by counted operations", "share of that", "by the paper's formula"]
+    header += ["end to end speed-up", "selection / saved prefill"]
+    lines += table(header, [[*setting(row), str(row["visual_tokens"]), *_savings(short)] for row, short in measured])
+    scaled = layers["language"] < layers["language_of"]
+    lines += [
+        "",
+        "Speed-ups are those of each turn over the unpruned model of the same turn. \"By counted operations\" is the speed-up that the "
+        "operations of prefill allow, as torch counts them; \"share of that\" is how much of it was reached."
+        + (f" Time saved in prefill is that of all {layers['language_of']} layers, scaled from those measured." if scaled else ""),
+        "",
+        "## Operations and memory",
+        "",
+    ]
+    stages = ("vision encoder", "selection", "projector", "prefill", "total")
+    header = [*names, *(f"{stage} (GFLOP)" for stage in stages), "paper's formula, prefill (10^9 multiply-adds)"]
+    header += ["KV cache (MB)", "peak beyond weights (MB)"]
+    lines += table(header, [
+        [
+            *setting(row),
+            *(f"{row['operations'].get(stage, 0) / 1e9:.4g}" for stage in stages),
+            f"{row['paper_prefill_multiply_adds'] / 1e9:.4g}",
+            f"{row['kv_cache_bytes'] / 1e6:.4g}",
+            f"{row['peak_bytes'] / 1e6:.4g}",
+        ]
+        for row, _ in measured
+    ])  # fmt: skip
+    lines += ["", "Operations up to the first token, two for a multiply-add; the KV cache after it."]
+    failed = [row for row in report["rows"] if row["error"] is not None]
+    if failed:
+        lines += ["", "## Not measured", "", *table([*names, "why"], [[*setting(row), row["error"]] for row in failed])]
+    return lines
+
+
+def _savings(short: dict) -> list:
+    if "prefill_speedup" not in short:
+        return ["unpruned not measured", *["-"] * 5]
+    share = short["selection_share_of_saving"]
+    return [
+        factor(short["prefill_speedup"]),
+        f"{short['prefill_operations_ratio']:.2f}",
+        f"{short['share_of_limit']:.0%}",
+        f"{short['formula_ratio']:.2f}",
+        factor(short["end_to_end_speedup"]),
+        "-" if share is None else f"{share:.1%}",
+    ]
