@@ -1,14 +1,15 @@
 """What pruning costs and saves: time of every stage, peak memory, KV cache, operations and throughput.
 
-Every setting (method x keep ratio) is measured beside the unpruned model with the same frames, pooling and batch, in turns: a
-round runs each of them once, so that all see the same machine. The video and the question are random; neither their content nor
-that of the weights changes what is measured. Nothing is read or written but OUTPUT.json, OUTPUT.md and OUTPUT-*.png.
+Every setting (method x keep ratio) is measured beside the unpruned model with the same frames, pooling and batch, in
+turns: a round runs each of them once, so that all see the same machine. The video and the question are random; neither
+their content nor that of the weights changes what is measured. Nothing is written but OUTPUT.json, OUTPUT.md and
+OUTPUT-*.png.
 
 Examples:
     python scripts/benchmark.py --output runs/embedded --plots
     python scripts/benchmark.py --model llava-hf/LLaVA-NeXT-Video-7B-hf --batch 1 2 4 8 --output runs/7b
     python scripts/benchmark.py --shape llava-next-video-7b --layers 2 --vision-layers 6 --ratios 0.15 0.1 --repeats 3
-    python scripts/benchmark.py --shape llava-next-video-7b --device cuda --frames 8 32 --pooling before skip --output runs/gpu
+    python scripts/benchmark.py --shape llava-next-video-7b --device cuda --frames 8 16 --pooling before skip
     python scripts/benchmark.py --shape llava-1.5-7b --device cuda
     python scripts/benchmark.py --selection --threads 2 --output docs/results/selection
     python scripts/benchmark.py --from runs/embedded.json --output runs/embedded --plots
@@ -57,7 +58,7 @@ def parse_arguments():
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random video and question (default: %(default)s)")
     parser.add_argument("--selection", action="store_true", help="measure the selection alone, beside a plain loop")
-    parser.add_argument("--from", dest="source", metavar="RESULTS.json", help="tables and plots of a run that was measured before")
+    parser.add_argument("--from", dest="source", metavar="RESULTS.json", help="tables and plots of an earlier run")
     parser.add_argument("--plots", action="store_true", help="also draw plots (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_model_arguments(parser)
@@ -77,11 +78,11 @@ def check_arguments(args) -> None:
     given = (args.frames, args.pooling)
     args.frames, args.pooling = (list(default if value is None else value) for default, value in zip(defaults, given))
     if shape and shape.fixed and (tuple(args.frames), tuple(args.pooling)) != defaults:
-        fail(f"--shape {args.shape} is one picture: it goes with --frames {defaults[0][0]} and --pooling {defaults[1][0]} alone")
-    known = code_module("methods_rediprune").METHODS
+        fail(f"--shape {args.shape} is one picture: it goes with --frames {shape.frames[0]} --pooling {shape.poolings[0]}")
+    known = [name for name in code_module("methods_rediprune").METHODS if name != "none"]
     for method in args.methods:
-        if method not in known or method == "none":
-            fail(f"--methods {method}: no such pruning method; choose of {', '.join(name for name in known if name != 'none')}")
+        if method not in known:
+            fail(f"--methods {method}: no such pruning method; choose of {', '.join(known)}")
     for ratio in args.ratios:
         if not 0 < ratio < 1:
             fail(f"--ratios {ratio}: a keep ratio lies between 0 and 1, such as 0.15; the unpruned model always runs beside")
@@ -179,7 +180,7 @@ def measure_once(model, inputs: dict, new_tokens: int) -> dict:
 
 
 def count_operations(model, inputs: dict) -> tuple:
-    """The floating-point operations of each stage up to the first token, as torch counts them, and the bytes of the KV cache."""
+    """Floating-point operations of each stage up to the first token, as torch counts them, and bytes of the KV cache."""
     with FlopCounterMode(display=False) as counter, StageTimer(model, counter.get_total_flops) as stages:
         output = generate(model, inputs, 1)
     layers = output.past_key_values.layers

@@ -1,6 +1,7 @@
 """Plots of a benchmark: speed-up and memory against the keep ratio, and where the time goes."""
 
 import io
+from statistics import median
 
 from benchmark_tables import COLUMNS
 from repository import fail
@@ -104,11 +105,10 @@ def _selection(report):
     sizes = {}
     for row in report["rows"]:
         pairs = zip(row["samples"]["plain loop"], row["samples"]["select_rediprune"])
-        sizes.setdefault((row["frames"], row["tokens"]), []).append((row["keep_ratio"], [before / after for before, after in pairs]))
+        speedup = median(before / after for before, after in pairs)
+        sizes.setdefault((row["frames"], row["tokens"]), []).append((row["keep_ratio"], speedup))
     for (frames, tokens), points in sizes.items():
-        points = sorted(points)
-        middle = [sorted(values)[len(values) // 2] for _, values in points]
-        axes.plot([ratio for ratio, _ in points], middle, "o-", label=f"{frames} x {tokens} tokens")
+        axes.plot(*zip(*sorted(points)), "o-", label=f"{frames} x {tokens} tokens")
     axes.axhline(1, color="black", linewidth=0.8)
     run = report["environment"]
     title = f"select_rediprune beside a plain loop\n{run.get('gpu', run['cpu'])}, {run['threads']} threads"

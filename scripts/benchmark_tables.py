@@ -53,11 +53,16 @@ def _against(base: dict, row: dict, layer_factor: float) -> dict:
 
 
 def table(header: list, rows: list) -> list:
-    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"] + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def milliseconds(value: dict) -> str:
-    return f"{1000 * value['median']:.4g} ({1000 * value['low']:.4g} to {1000 * value['high']:.4g})"
+    middle, low, high = (1000 * value[name] for name in ("median", "low", "high"))
+    return f"{short(middle)} ({short(low)} to {short(high)})"
+
+
+def short(number: float) -> str:
+    return f"{number:.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def factor(value: dict) -> str:
@@ -71,11 +76,11 @@ def heading(report: dict, title: str) -> list:
         f"# {title}",
         "",
         f"Command: `{report['command']}`  ",
-        f"{device}{run['cpu']}, {run['threads']} threads, {run['device']}, {run['dtype']}, torch {run['torch']}, transformers "
-        f"{run['transformers']}, Python {run['python']}, {run['date']}, {report['minutes']:g} minutes; load average of the "
-        f"machine before {load['before']:.1f}, after {load['after']:.1f}.  ",
-        f"{report['repeats']} runs of each after {report['warmup']} to warm up, in turns; medians, in brackets the smallest and the "
-        "largest.",
+        f"{device}{run['cpu']}, {run['threads']} threads, {run['device']}, {run['dtype']}, torch {run['torch']}, "
+        f"transformers {run['transformers']}, Python {run['python']}, {run['date']}, {report['minutes']:g} minutes; load "
+        f"average of the machine before {load['before']:.1f}, after {load['after']:.1f}.  ",
+        f"{report['repeats']} runs of each after {report['warmup']} to warm up, in turns; medians, in brackets the smallest "
+        "and the largest.",
     ]
 
 
@@ -111,12 +116,13 @@ def model_tables(report: dict) -> list:
         f"{layers['vision_of']}; {report['attention']} attention; {report['text_tokens']} text tokens, "
         f"{report['new_tokens']} generated; weights {report['weights_bytes'] / 1e6:.0f} MB."
     )
-    measured = [(row, short) for row, short in zip(report["rows"], report["summary"]) if row["error"] is None]
+    measured = [(row, ratios) for row, ratios in zip(report["rows"], report["summary"]) if row["error"] is None]
     names = ["setting", "frames x pooling", "batch"]
     lines += ["", "## Where the time goes (ms)", ""]
-    lines += table([*names, *(f"{name} a token" if name == "decode" else name for name in COLUMNS), "answers a second"], [
-        [*setting(row), *(milliseconds(short["seconds"][name]) for name in COLUMNS), f"{short['answers_per_second']:.4g}"]
-        for row, short in measured
+    header = [*names, *(f"{name} a token" if name == "decode" else name for name in COLUMNS), "answers a second"]
+    lines += table(header, [
+        [*setting(row), *(milliseconds(ratios["seconds"][name]) for name in COLUMNS), f"{ratios['answers_per_second']:.3g}"]
+        for row, ratios in measured
     ])  # fmt: skip
     lines += [
         "",
@@ -125,15 +131,15 @@ def model_tables(report: dict) -> list:
         "## What is saved",
         "",
     ]
-    header = [*names, "visual tokens", "prefill speed-up", "by counted operations", "share of that", "by the paper's formula"]
-    header += ["end to end speed-up", "selection / saved prefill"]
-    lines += table(header, [[*setting(row), str(row["visual_tokens"]), *_savings(short)] for row, short in measured])
+    header = [*names, "visual tokens", "prefill speed-up", "by counted operations", "share of that"]
+    header += ["by the paper's formula", "end to end speed-up", "selection / saved prefill"]
+    lines += table(header, [[*setting(row), str(row["visual_tokens"]), *_savings(ratios)] for row, ratios in measured])
     scaled = layers["language"] < layers["language_of"]
     lines += [
         "",
-        "Speed-ups are those of each turn over the unpruned model of the same turn. \"By counted operations\" is the speed-up that the "
-        "operations of prefill allow, as torch counts them; \"share of that\" is how much of it was reached."
-        + (f" Time saved in prefill is that of all {layers['language_of']} layers, scaled from those measured." if scaled else ""),
+        'Speed-ups are those of each turn over the unpruned model of the same turn. "By counted operations" is the one that '
+        'the operations of prefill allow, as torch counts them; "share of that" is how much of it was reached.'
+        + (f" Saved prefill is that of all {layers['language_of']} layers, scaled from those measured." if scaled else ""),
         "",
         "## Operations and memory",
         "",
@@ -144,10 +150,10 @@ def model_tables(report: dict) -> list:
     lines += table(header, [
         [
             *setting(row),
-            *(f"{row['operations'].get(stage, 0) / 1e9:.4g}" for stage in stages),
-            f"{row['paper_prefill_multiply_adds'] / 1e9:.4g}",
-            f"{row['kv_cache_bytes'] / 1e6:.4g}",
-            f"{row['peak_bytes'] / 1e6:.4g}",
+            *(short(row["operations"].get(stage, 0) / 1e9) for stage in stages),
+            short(row["paper_prefill_multiply_adds"] / 1e9),
+            short(row["kv_cache_bytes"] / 1e6),
+            short(row["peak_bytes"] / 1e6),
         ]
         for row, _ in measured
     ])  # fmt: skip
@@ -158,15 +164,15 @@ def model_tables(report: dict) -> list:
     return lines
 
 
-def _savings(short: dict) -> list:
-    if "prefill_speedup" not in short:
+def _savings(ratios: dict) -> list:
+    if "prefill_speedup" not in ratios:
         return ["unpruned not measured", *["-"] * 5]
-    share = short["selection_share_of_saving"]
+    share = ratios["selection_share_of_saving"]
     return [
-        factor(short["prefill_speedup"]),
-        f"{short['prefill_operations_ratio']:.2f}",
-        f"{short['share_of_limit']:.0%}",
-        f"{short['formula_ratio']:.2f}",
-        factor(short["end_to_end_speedup"]),
+        factor(ratios["prefill_speedup"]),
+        f"{ratios['prefill_operations_ratio']:.2f}",
+        f"{ratios['share_of_limit']:.0%}",
+        f"{ratios['formula_ratio']:.2f}",
+        factor(ratios["end_to_end_speedup"]),
         "-" if share is None else f"{share:.1%}",
     ]

@@ -10,8 +10,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 @dataclass(frozen=True)
 class Shape:
     """
-    The sizes of a published model. All have CLIP ViT-L/14 at 336 pixels (24 layers, 1024 wide) and Vicuna-7B (32 layers, 4096
-    wide).
+    The sizes of a published model. All have CLIP ViT-L/14 at 336 pixels (24 layers, 1024 wide) and Vicuna-7B (32 layers,
+    4096 wide).
 
     Attributes:
         title: what it is, and what it is not.
@@ -35,7 +35,7 @@ SHAPES = {
         "the sizes of LLaVA-NeXT-Video-7B with random weights", frames=(8,), poolings=("before",), rope_factor=2.5
     ),
     "llava-1.5-7b": Shape(
-        "the sizes of LLaVA-1.5-7B with random weights, run by the LLaVA-NeXT-Video class as one unpooled frame (576 tokens)",
+        "the sizes of LLaVA-1.5-7B with random weights, run by the LLaVA-NeXT-Video class as a video of one unpooled frame",
         frames=(1,),
         poolings=("skip",),
         fixed=True,
