@@ -292,7 +292,7 @@ def benchmark_model(args) -> dict:
     rows = measure(model, cells_of(args), args)
     shape = SHAPES.get(args.shape)
     layers = model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers
-    return {
+    report = {
         "kind": "model",
         "command": command_line(),
         "model": title,
@@ -312,8 +312,8 @@ def benchmark_model(args) -> dict:
         "environment": environment(model),
         "load_average": {"before": load_before, "after": os.getloadavg()[0]},
         "rows": rows,
-        "summary": summarise(rows, shape.layers / layers[0] if shape else 1.0),
     }
+    return {**report, "summary": summarise(report)}
 
 
 def command_line() -> str:
@@ -324,18 +324,17 @@ def read_results(path) -> dict:
     """A report of an earlier run."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        report["rows"], report["kind"], report["environment"]
+        report["environment"], report["rows"]
+        return report if report["kind"] == "selection" else {**report, "summary": summarise(report)}
     except OSError as error:
         fail(f"--from {path}: cannot be read ({error.strerror}); pass the OUTPUT.json of a benchmark")
     except (ValueError, KeyError, TypeError) as error:
         fail(f"--from {path}: not the whole result of a benchmark ({error!r}); measure again with --output")
-    return report
 
 
 def write_report(report: dict, args) -> None:
     output = Path(args.output)
-    if not args.source:
-        write_whole(output.with_name(output.name + ".json"), json.dumps(report, indent=1) + "\n")
+    write_whole(output.with_name(output.name + ".json"), json.dumps(report, indent=1) + "\n")
     write_whole(output.with_name(output.name + ".md"), markdown(report))
     if args.plots:
         from benchmark_plots import draw

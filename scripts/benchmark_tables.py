@@ -10,16 +10,15 @@ def spread(values: list) -> dict:
     return {"median": median(values), "low": min(values), "high": max(values)}
 
 
-def summarise(rows: list, layer_factor: float = 1.0) -> list:
+def summarise(report: dict) -> list:
     """
     For each measured row medians and ranges, and its ratios to the unpruned model that ran in turns with it.
 
     Args:
-        rows: as `measure` of benchmark.py gives them; a group starts with its unpruned row.
-        layer_factor: layers of the true language model for each measured one, by which a saving in prefill grows.
+        report: of `benchmark_model`; in its rows, a group starts with the unpruned one.
     """
     summary, base = [], None
-    for row in rows:
+    for row in report["rows"]:
         key = {name: row[name] for name in ("method", "keep_ratio", "frames", "pooling", "batch", "error")}
         if row["method"] == "unpruned":
             base = row
@@ -27,16 +26,24 @@ def summarise(rows: list, layer_factor: float = 1.0) -> list:
             key["seconds"] = {stage: spread(values) for stage, values in row["samples"].items()}
             key["answers_per_second"] = row["batch"] / key["seconds"]["end to end"]["median"]
             if base["error"] is None:
-                key |= _against(base, row, layer_factor)
+                key |= _against(base, row, report)
         summary.append(key)
     return summary
 
 
-def _against(base: dict, row: dict, layer_factor: float) -> dict:
+def _against(base: dict, row: dict, report: dict) -> dict:
     """Ratios of one row to the unpruned one; those of times are taken round by round."""
+    # Layers of the true language model for each that was measured.
+    layer_factor = report["layers"]["language_of"] / report["layers"]["language"]
 
     def rounds(stage):
         return list(zip(base["samples"][stage], row["samples"][stage]))
+
+    def all_layers(samples):
+        """Seconds end to end if every layer that was left out took as long as those that were not."""
+        steps = report["new_tokens"] - 1
+        language = [prefill + steps * decode for prefill, decode in zip(samples["prefill"], samples["decode"])]
+        return [total + (layer_factor - 1) * part for total, part in zip(samples["end to end"], language)]
 
     speedup = spread([before / after for before, after in rounds("prefill")])
     operations = base["operations"]["prefill"] / row["operations"]["prefill"]
@@ -45,6 +52,9 @@ def _against(base: dict, row: dict, layer_factor: float) -> dict:
     return {
         "prefill_speedup": speedup,
         "end_to_end_speedup": spread([before / after for before, after in rounds("end to end")]),
+        "scaled_end_to_end_speedup": spread(
+            [before / after for before, after in zip(all_layers(base["samples"]), all_layers(row["samples"]))]
+        ),
         "prefill_operations_ratio": operations,
         "formula_ratio": base["paper_prefill_multiply_adds"] / row["paper_prefill_multiply_adds"],
         "share_of_limit": speedup["median"] / operations,
@@ -96,16 +106,23 @@ def markdown(report: dict) -> str:
 
 def selection_tables(report: dict) -> list:
     lines = heading(report, f"The selection alone, sets of tokens {report['width']} wide")
-    lines[-1] += " The speed-up is that of each turn. Identical: both pick the same tokens in every frame."
+    lines[-1] += " The speed-up is that of each turn. Both are to pick the same tokens in every frame."
     rows = []
     for row in report["rows"]:
         plain, ours = row["samples"]["plain loop"], row["samples"]["select_rediprune"]
         ratio = spread([before / after for before, after in zip(plain, ours)])
         cells = [f"{row['frames']} x {row['tokens']}", f"{row['keep_ratio']:g}", str(row["kept"])]
         cells += [milliseconds(spread(plain)), milliseconds(spread(ours)), factor(ratio)]
-        rows.append([*cells, "yes" if row["identical"] else "NO"])
-    header = ["frames x tokens", "keep ratio", "kept", "plain loop (ms)", "select_rediprune (ms)", "speed-up", "identical"]
+        rows.append([*cells, _agreement(row)])
+    header = ["frames x tokens", "keep ratio", "kept", "plain loop (ms)", "select_rediprune (ms)", "speed-up", "same tokens"]
     return [*lines, "", *table(header, rows)]
+
+
+def _agreement(row: dict) -> str:
+    same, edge = row["identical_frames"], row["frames_at_the_edge_of_a_tie"]
+    different = row["frames"] - same - edge
+    text = f"{same} of {row['frames']}"
+    return text + (f", {edge} at the edge of a tie" if edge else "") + (f", {different} DIFFERENT" if different else "")
 
 
 def model_tables(report: dict) -> list:
@@ -133,13 +150,17 @@ def model_tables(report: dict) -> list:
     ]
     header = [*names, "visual tokens", "prefill speed-up", "by counted operations", "share of that"]
     header += ["by the paper's formula", "end to end speed-up", "selection / saved prefill"]
-    lines += table(header, [[*setting(row), str(row["visual_tokens"]), *_savings(ratios)] for row, ratios in measured])
     scaled = layers["language"] < layers["language_of"]
+    if scaled:
+        header.append(f"end to end, scaled to {layers['language_of']} layers")
+    lines += table(header, [
+        [*setting(row), str(row["visual_tokens"]), *_savings(ratios, scaled)] for row, ratios in measured
+    ])  # fmt: skip
     lines += [
         "",
         'Speed-ups are those of each turn over the unpruned model of the same turn. "By counted operations" is the one that '
         'the operations of prefill allow, as torch counts them; "share of that" is how much of it was reached.'
-        + (f" Saved prefill is that of all {layers['language_of']} layers, scaled from those measured." if scaled else ""),
+        + (f" Saved prefill is scaled to {layers['language_of']} layers too: computed, not measured." if scaled else ""),
         "",
         "## Operations and memory",
         "",
@@ -164,15 +185,16 @@ def model_tables(report: dict) -> list:
     return lines
 
 
-def _savings(ratios: dict) -> list:
+def _savings(ratios: dict, scaled: bool) -> list:
     if "prefill_speedup" not in ratios:
-        return ["unpruned not measured", *["-"] * 5]
+        return ["unpruned not measured", *["-"] * (6 if scaled else 5)]
     share = ratios["selection_share_of_saving"]
-    return [
+    cells = [
         factor(ratios["prefill_speedup"]),
         f"{ratios['prefill_operations_ratio']:.2f}",
         f"{ratios['share_of_limit']:.0%}",
         f"{ratios['formula_ratio']:.2f}",
         factor(ratios["end_to_end_speedup"]),
-        "-" if share is None else f"{share:.1%}",
+        "-" if share is None else f"{share:.2%}",
     ]
+    return [*cells, factor(ratios["scaled_end_to_end_speedup"])] if scaled else cells

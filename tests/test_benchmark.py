@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
 import benchmark
 import pytest
 import torch
-from benchmark_selection import measure_size, plain_select
+from benchmark_selection import compare, measure_size, plain_select
 from benchmark_tables import COLUMNS, markdown, spread, summarise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,8 +117,8 @@ def test_results_survive_a_round_trip(report, monkeypatch, tmp_path, capsys):
     call(monkeypatch, "--from", source, "--output", output, "--json")
     assert json.loads(capsys.readouterr().out) == report
     assert output.with_suffix(".md").read_text() == source.with_suffix(".md").read_text() == markdown(report)
-    assert summarise(report["rows"]) == report["summary"]
-    assert not output.with_suffix(".json").exists()
+    assert summarise(report) == report["summary"]
+    assert output.with_suffix(".json").read_text() == source.read_text()
 
 
 def test_inputs_are_the_same_for_every_setting(tiny):
@@ -296,9 +297,37 @@ def test_the_yardstick_is_the_same_rule(frames, tokens, width, noise, ratio, see
     assert torch.equal(plain_select(features, query, num_kept), select_rediprune(features, query, num_kept))
 
 
+def test_a_tie_for_one_implementation_alone():
+    """Tokens 1 and 2 differ in the score that decides by 1.1 times the tolerance: rounding may make that a tie or not."""
+    angles = torch.tensor([0.0, 1.0, 1.0 + 1.1e-6 / math.sin(1), 0.1], dtype=torch.float64)
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)[None]
+    query = torch.zeros(1, 2, dtype=torch.float64)  # no relevance: token 0 first, then the farthest
+    plain = plain_select(features, query, 2)
+    assert plain.tolist() == [[0, 2]] and plain_select(features, query, 2, 1.2e-6).tolist() == [[0, 1]]
+    assert compare(features, query, plain, plain) == {"identical_frames": 1, "frames_at_the_edge_of_a_tie": 0}
+    for ours, at_edge in ([0, 1], 1), ([0, 3], 0):
+        found = compare(features, query, plain, torch.tensor([ours]))
+        assert found == {"identical_frames": 0, "frames_at_the_edge_of_a_tie": at_edge}
+
+
+def test_layers_that_were_left_out_are_scaled():
+    samples = {"selection": [0.0], "projector": [0.0], "vision encoder": [1.0], "other": [0.0]}
+    rows = [
+        {"method": method, "keep_ratio": ratio, "frames": 8, "pooling": "before", "batch": 1, "error": None,
+         "operations": {"prefill": prefill}, "paper_prefill_multiply_adds": prefill,
+         "samples": {**samples, "prefill": [prefill], "decode": [0.5], "end to end": [1 + prefill + 2 * 0.5]}}
+        for method, ratio, prefill in (("unpruned", 1.0, 4.0), ("rediprune", 0.25, 1.0))
+    ]  # fmt: skip
+    report = {"rows": rows, "new_tokens": 3, "layers": {"language": 2, "language_of": 20}}
+    found = summarise(report)[1]
+    assert found["end_to_end_speedup"]["median"] == 6 / 3
+    assert found["scaled_end_to_end_speedup"]["median"] == (1 + 10 * 5) / (1 + 10 * 2)
+    assert found["prefill_speedup"]["median"] == found["prefill_operations_ratio"] == 4 and found["share_of_limit"] == 1
+
+
 def test_measuring_one_size_of_selection():
     row = measure_size(frames=2, tokens=30, ratio=0.2, repeats=2, seed=0, device="cpu")
-    assert row["identical"] and row["kept"] == 6
+    assert (row["identical_frames"], row["frames_at_the_edge_of_a_tie"], row["kept"]) == (2, 0, 6)
     assert {name: len(values) for name, values in row["samples"].items()} == {"plain loop": 2, "select_rediprune": 2}
 
 
@@ -311,8 +340,9 @@ def test_the_selection_report(monkeypatch, tmp_path):
         (1, 20, 2), (1, 20, 4), (2, 30, 3), (2, 30, 6)
     ]  # fmt: skip
     assert (tmp_path / "selection.md").read_text() == markdown(report)
-    report["rows"][0]["identical"] = False
-    assert "| NO |" in markdown(report)
+    assert "| 1 of 1 |" in markdown(report)
+    report["rows"][2] |= {"identical_frames": 0, "frames_at_the_edge_of_a_tie": 1}
+    assert "| 0 of 2, 1 at the edge of a tie, 1 DIFFERENT |" in markdown(report)
 
 
 def test_spread():
