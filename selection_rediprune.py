@@ -111,10 +111,17 @@ def align_query(query: torch.Tensor, dim: int) -> torch.Tensor:
 @torch.no_grad()
 def cosine_relevance(features: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Cosine of every token (N, L, C) with the query (N, C) of its set (Eq. 3), (N, L) fp32; 0 where either is zero."""
-    features, query = features.float(), F.normalize(query.float(), dim=-1, eps=MIN_NORM)
-    inverse_norm = features.norm(dim=-1).clamp_min(MIN_NORM).reciprocal()
+    features = features.float()
+    return _cosines(features, _inverse_norm(features), query.float())
+
+
+def _inverse_norm(features: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(features, dim=-1).clamp_min(MIN_NORM).reciprocal()
+
+
+def _cosines(features: torch.Tensor, inverse_norm: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     # The query is the left factor: so a set has the same sums alone and in a batch (CPU).
-    return torch.bmm(query[:, None], features.mT)[:, 0] * inverse_norm
+    return torch.bmm(F.normalize(query, dim=-1, eps=MIN_NORM)[:, None], features.mT)[:, 0] * inverse_norm
 
 
 @torch.no_grad()
@@ -222,19 +229,18 @@ def _select_group(
     """The kept indices (N, k) of sets that are worked on together, and (N,) bool which of them hold invalid values."""
     features = features.float()
     num_tokens = features.shape[1]
-    norm = torch.linalg.vector_norm(features, dim=-1)
-    inverse_norm = norm.clamp_min(MIN_NORM).reciprocal()
-    invalid = ~norm.isfinite().all(1)
+    inverse_norm = _inverse_norm(features)
+    invalid = ~(inverse_norm > 0).all(1)  # 1 / inf is 0, and NaN is not larger than anything
     has_relevance = query is not None or relevance is not None
     if query is not None:
         query = query.float()
         invalid |= ~torch.linalg.vector_norm(query, dim=-1).isfinite()
-        relevance = cosine_relevance(features, query)
+        relevance = _cosines(features, inverse_norm, query)
     elif relevance is not None:
         relevance = relevance.float().clone()
         invalid |= ~relevance.isfinite().all(1)
     else:
-        relevance = torch.zeros_like(norm)
+        relevance = torch.zeros_like(inverse_norm)
     weighted_relevance = alpha * relevance
     if candidate_pool == "released" and threshold > 0:
         excluded = ~_released_pool(relevance, num_kept, threshold)
@@ -256,7 +262,7 @@ def _select_group(
     if scores is not None:
         scores.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # a kept token cannot be picked again
 
-    picks = []
+    picks, sets = [], torch.arange(len(features), device=features.device)[:, None]
     for step in range(num_kept):
         candidates = best
         if candidate_pool == "algorithm1":
@@ -266,9 +272,9 @@ def _select_group(
         pick = first_largest(candidates)[:, None]
         picks.append(pick)
         if scores is not None:
-            row = gather_tokens(scores, pick)[:, 0]
+            row = scores[sets, pick][:, 0]
         else:
-            cosine = torch.bmm(gather_tokens(features, pick), features.mT)[:, 0] * inverse_norm
+            cosine = torch.bmm(features[sets, pick], features.mT)[:, 0] * inverse_norm
             row = torch.addcmul(weighted_relevance, cosine, inverse_norm.gather(1, pick), value=-1)
             row.scatter_(1, pick, -torch.inf)
         best = row if step == 0 else torch.minimum(best, row, out=best)
