@@ -17,7 +17,8 @@ def transformer(tower):
 
 def run_tower(tower, pixels: torch.Tensor, taps, needs=frozenset()) -> dict:
     """
-    Runs the tower and keeps the hidden states that are asked for: all of them would be most of the memory of a pass.
+    Runs the tower and keeps the hidden states that are asked for: without gradients, all of them would be most of the memory
+    that the tower takes.
 
     Args:
         tower: a CLIP vision tower.
@@ -26,8 +27,10 @@ def run_tower(tower, pixels: torch.Tensor, taps, needs=frozenset()) -> dict:
         needs: as in `read_attention`, with the last of `taps`.
 
     Returns:
-        `dict` from index (counted from the start) to hidden state (N, 1 + P, C).
+        `dict` from index (counted from the start) to hidden state (N, 1 + P, C), at least those asked for.
     """
+    if torch.is_grad_enabled():  # the graph holds them anyway, and hooks would see the inside of gradient checkpoints
+        return dict(enumerate(tower(pixels, output_hidden_states=True).hidden_states))
     layers, kept, handles = transformer(tower).encoder.layers, {}, []
     wanted = {_from_start(tap, layers) for tap in taps} | _states_read(taps[-1], layers, needs)
 
