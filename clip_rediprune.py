@@ -7,10 +7,63 @@ import torch.nn.functional as F
 from .method_evoprune_rediprune import merge_tokens, merging_schedule
 from .selection_rediprune import gather_tokens
 
+FIELDS = frozenset({"cls_attention", "keys", "last_cls_attention", "last_keys"})  # what `read_attention` can give
+
 
 def transformer(tower):
     """The module with `embeddings`, `encoder` and the norms: the tower itself in transformers 5.x, one level below in 4.57."""
     return getattr(tower, "vision_model", tower)
+
+
+def run_tower(tower, pixels: torch.Tensor, taps, needs=frozenset()) -> dict:
+    """
+    Runs the tower and keeps the hidden states that are asked for: without gradients, all of them would be most of the memory
+    that the tower takes.
+
+    Args:
+        tower: a CLIP vision tower.
+        pixels: (N, 3, height, width).
+        taps: indices of hidden states, embeddings first; from the end if negative.
+        needs: as in `read_attention`, with the last of `taps`.
+
+    Returns:
+        `dict` from index (counted from the start) to hidden state (N, 1 + P, C), at least those asked for.
+    """
+    if torch.is_grad_enabled():  # the graph holds them anyway, and hooks would see the inside of gradient checkpoints
+        return dict(enumerate(tower(pixels, output_hidden_states=True).hidden_states))
+    layers, kept, handles = transformer(tower).encoder.layers, {}, []
+    wanted = {_from_start(tap, layers) for tap in taps} | _states_read(taps[-1], layers, needs)
+
+    def keep(index):
+        def hook(module, args, kwargs, output=None):
+            states = output if index == len(layers) else args[0] if args else kwargs["hidden_states"]
+            kept[index] = states[0] if isinstance(states, tuple) else states
+
+        return hook
+
+    try:
+        for index in wanted:
+            if index == len(layers):
+                handles.append(layers[-1].register_forward_hook(keep(index), with_kwargs=True))
+            else:
+                handles.append(layers[index].register_forward_pre_hook(keep(index), with_kwargs=True))
+        tower(pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+def _from_start(tap: int, layers) -> int:
+    if not -len(layers) - 1 <= tap <= len(layers):
+        raise ValueError(f"vision_feature_layer {tap} does not exist in a vision tower of {len(layers)} layers")
+    return tap % (len(layers) + 1)
+
+
+def _states_read(tap: int, layers, needs) -> set:
+    """The hidden states from which `read_attention` computes what is needed: the inputs of the layers in question."""
+    states = {"tap": max(_from_start(tap, layers) - 1, 0), "last": len(layers) - 1}
+    return {states["last" if name.startswith("last_") else "tap"] for name in needs & FIELDS}
 
 
 @torch.no_grad()
@@ -20,7 +73,7 @@ def read_attention(tower, states, tap: int, needs) -> dict:
 
     Args:
         tower: a CLIP vision tower.
-        states: its hidden states, each (N, 1 + P, C), embeddings first.
+        states: its hidden states by index, each (N, 1 + P, C), embeddings first; at least those of `run_tower`.
         tap: index of the tapped one among them.
         needs: which of `"cls_attention"`, `"keys"` (of the layer whose output is tapped, mean over heads),
             `"last_cls_attention"` and `"last_keys"` (of the last layer, with its heads taken as one).
@@ -30,7 +83,7 @@ def read_attention(tower, states, tap: int, needs) -> dict:
     """
     layers, fields = transformer(tower).encoder.layers, {}
     if needs & {"cls_attention", "keys"}:
-        index = max(tap % len(states) - 1, 0)
+        index = max(_from_start(tap, layers) - 1, 0)
         fields["cls_attention"], fields["keys"] = _attention_of_cls(layers[index], states[index])
     if needs & {"last_cls_attention", "last_keys"}:
         found = _attention_of_cls(layers[-1], states[len(layers) - 1], heads_as_one=True)

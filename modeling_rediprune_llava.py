@@ -16,7 +16,7 @@ from transformers.models.llava_next_video.modeling_llava_next_video import Llava
 from transformers.utils import can_return_tuple, logging
 
 from .attention_rediprune import biased_mask
-from .clip_rediprune import encode_and_merge, read_attention
+from .clip_rediprune import encode_and_merge, read_attention, run_tower
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import (
     crop_of_tiles,
@@ -537,9 +537,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        states = self.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         layers = [layer] if isinstance(layer, int) else layer
-        features = torch.cat([states[index] for index in layers], dim=-1)
+        states = run_tower(self.model.vision_tower, pixels, layers, needs)
+        # States are counted from the start, embeddings first.
+        number = self.config.vision_config.num_hidden_layers + 1
+        features = torch.cat([states[index % number] for index in layers], dim=-1)
         features = features[:, 1:] if strategy == "default" else features
         expected = self._patches_per_side() ** 2
         if features.shape[1] != expected:

@@ -4,6 +4,7 @@ Shapes: N sets (frames or image views) of L tokens with C features each, of whic
 with H features each. Section, equation and algorithm numbers are those of the ReDiPrune paper.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
@@ -21,6 +22,10 @@ MIN_NORM = 1e-12
 # Scores this close are a tie. It is a little above the rounding error of an fp32 cosine; below it, the order
 # of summation (batch size, number of threads, device) would decide which of two near-duplicates wins.
 TIE_TOLERANCE = 1e-6
+# On a CPU, up to this share of a set its kept tokens are compared with the others one by one; beyond it, all pairs at once
+# are faster.
+ROWS_ALONE = 0.2
+CACHE_BYTES = 10 * 2**20
 
 
 def count_kept(num_tokens: int, keep_ratio: float) -> int:
@@ -106,10 +111,17 @@ def align_query(query: torch.Tensor, dim: int) -> torch.Tensor:
 @torch.no_grad()
 def cosine_relevance(features: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Cosine of every token (N, L, C) with the query (N, C) of its set (Eq. 3), (N, L) fp32; 0 where either is zero."""
-    features, query = features.float(), F.normalize(query.float(), dim=-1, eps=MIN_NORM)
-    inverse_norm = features.norm(dim=-1).clamp_min(MIN_NORM).reciprocal()
+    features = features.float()
+    return _cosines(features, _inverse_norm(features), query.float())
+
+
+def _inverse_norm(features: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(features, dim=-1).clamp_min(MIN_NORM).reciprocal()
+
+
+def _cosines(features: torch.Tensor, inverse_norm: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     # The query is the left factor: so a set has the same sums alone and in a batch (CPU).
-    return torch.bmm(query[:, None], features.mT)[:, 0] * inverse_norm
+    return torch.bmm(F.normalize(query, dim=-1, eps=MIN_NORM)[:, None], features.mT)[:, 0] * inverse_norm
 
 
 @torch.no_grad()
@@ -197,60 +209,86 @@ def select_rediprune(
     if num_kept >= num_tokens:
         return torch.arange(num_tokens, device=features.device).repeat(num_sets, 1)
 
+    # On a CPU, as many sets at a time as a cache holds: a pick reads all features of its set.
+    size = max(1, num_sets)
+    if features.device.type == "cpu":
+        size = max(1, CACHE_BYTES // max(1, 4 * num_tokens * num_features))
+    moments = time_weight * times if times is not None and time_weight else None
+    values = (features, query, relevance, moments)
+    groups = [part.split(size) if part is not None else itertools.repeat(None) for part in values]
     with torch.autocast(features.device.type, enabled=False):
-        features = features.float()
-        # scores[n, u, i] becomes alpha s_i - cos(u, i): Eq. 6 for a single kept token u, less the constant 1.
-        # Adding alpha s_i keeps the order, so Eq. 6 for several kept tokens is the minimum over their rows.
-        scores = _gram(features)
-        squared_norm = scores.diagonal(dim1=1, dim2=2).clone()
-        inverse_norm = squared_norm.sqrt().clamp_min(MIN_NORM).reciprocal()
-        invalid = ~squared_norm.isfinite().all(1)
-        has_relevance = query is not None or relevance is not None
-        if query is not None:
-            query = query.float()
-            invalid |= ~torch.linalg.vector_norm(query, dim=-1).isfinite()
-            relevance = cosine_relevance(features, query)
-        elif relevance is not None:
-            relevance = relevance.float().clone()
-            invalid |= ~relevance.isfinite().all(1)
-        else:
-            relevance = torch.zeros_like(squared_norm)
-        weighted_relevance = alpha * relevance
-        if candidate_pool == "released" and threshold > 0:
-            excluded = ~_released_pool(relevance, num_kept, threshold)
-            relevance.masked_fill_(excluded, -torch.inf)
-            weighted_relevance.masked_fill_(excluded, -torch.inf)
-        elif candidate_pool == "algorithm1":
-            order = relevance.argsort(dim=1, descending=True, stable=True)
-            reaches_threshold = relevance >= (threshold if threshold > 0 else -torch.inf)
-        scores *= inverse_norm[:, :, None]
-        torch.addcmul(weighted_relevance[:, None], scores, inverse_norm[:, None], value=-1, out=scores)
-        if times is not None and time_weight:
-            scores += time_weight * (times[:, :, None] - times[:, None]).abs()
-        if has_relevance:
-            best = relevance
-        else:
-            scores.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-            best = scores.amin(1)
-        scores.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # a kept token cannot be picked again
-
-        picks = []
-        for step in range(num_kept):
-            candidates = best
-            if candidate_pool == "algorithm1":
-                remaining = ~best.isneginf()
-                pool = _algorithm1_pool(remaining, order, reaches_threshold, num_kept - step, max_candidates)
-                candidates = best.masked_fill(~pool, -torch.inf)
-            picks.append(first_largest(candidates))
-            row = scores.gather(1, picks[-1].view(-1, 1, 1).expand(-1, 1, num_tokens))[:, 0]
-            best = row if step == 0 else torch.minimum(best, row, out=best)
-        kept = torch.stack(picks, dim=1).sort(dim=1).values
+        parts = [
+            _select_group(*group, num_kept, alpha, threshold, candidate_pool, max_candidates) for group in zip(*groups)
+        ]
+    kept, invalid = (torch.cat(part) for part in zip(*parts))
 
     # Asked last: on a GPU this is the one point where the host waits.
     if invalid.any():
         sets = invalid.nonzero()[:, 0].tolist()
         raise ValueError(f"features, query or relevance hold NaN, infinite or too large values in sets {sets}")
     return kept
+
+
+def _select_group(
+    features, query, relevance, moments, num_kept, alpha, threshold, candidate_pool, max_candidates
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept indices (N, k) of sets that are worked on together, and (N,) bool which of them hold invalid values."""
+    features = features.float()
+    num_tokens = features.shape[1]
+    inverse_norm = _inverse_norm(features)
+    invalid = ~(inverse_norm > 0).all(1)  # 1 / inf is 0, and NaN is not larger than anything
+    has_relevance = query is not None or relevance is not None
+    if query is not None:
+        query = query.float()
+        invalid |= ~torch.linalg.vector_norm(query, dim=-1).isfinite()
+        relevance = _cosines(features, inverse_norm, query)
+    elif relevance is not None:
+        relevance = relevance.float().clone()
+        invalid |= ~relevance.isfinite().all(1)
+    else:
+        relevance = torch.zeros_like(inverse_norm)
+    weighted_relevance = alpha * relevance
+    if candidate_pool == "released" and threshold > 0:
+        excluded = ~_released_pool(relevance, num_kept, threshold)
+        relevance.masked_fill_(excluded, -torch.inf)
+        weighted_relevance.masked_fill_(excluded, -torch.inf)
+    elif candidate_pool == "algorithm1":
+        order = relevance.argsort(dim=1, descending=True, stable=True)
+        reaches_threshold = relevance >= (threshold if threshold > 0 else -torch.inf)
+    # A row of scores, that of token u, is alpha s_i - cos(u, i): Eq. 6 for a single kept token u, less the constant 1.
+    # Adding alpha s_i keeps the order, so Eq. 6 for several kept tokens is the minimum over their rows.
+    scores = None
+    if features.device.type != "cpu" or not has_relevance or num_kept > ROWS_ALONE * num_tokens:
+        scores = _gram(features).mul_(inverse_norm[:, :, None])
+        torch.addcmul(weighted_relevance[:, None], scores, inverse_norm[:, None], value=-1, out=scores)
+        if moments is not None:
+            scores += (moments[:, :, None] - moments[:, None]).abs()
+    best = relevance
+    if not has_relevance:
+        scores.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        best = scores.amin(1)
+    if scores is not None:
+        scores.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # a kept token cannot be picked again
+
+    picks, sets = [], torch.arange(len(features), device=features.device)[:, None]
+    for step in range(num_kept):
+        candidates = best
+        if candidate_pool == "algorithm1":
+            remaining = ~best.isneginf()
+            pool = _algorithm1_pool(remaining, order, reaches_threshold, num_kept - step, max_candidates)
+            candidates = best.masked_fill(~pool, -torch.inf)
+        pick = first_largest(candidates)[:, None]
+        picks.append(pick)
+        if scores is not None:
+            row = scores[sets, pick][:, 0]
+        else:
+            cosine = torch.bmm(features[sets, pick], features.mT)[:, 0] * inverse_norm
+            row = torch.addcmul(weighted_relevance, cosine, inverse_norm.gather(1, pick), value=-1)
+            if moments is not None:
+                row += (moments - moments.gather(1, pick)).abs()
+            row.scatter_(1, pick, -torch.inf)
+        best = row if step == 0 else torch.minimum(best, row, out=best)
+    return torch.cat(picks, dim=1).sort(dim=1).values, invalid
 
 
 def top_tokens(scores: torch.Tensor, num_kept: int) -> torch.Tensor:

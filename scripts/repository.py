@@ -74,6 +74,14 @@ def parse_setting(text: str) -> dict:
     return {"method": method, **dict(key_value(change) for change in changes)}
 
 
+def use_device(args) -> None:
+    """Sets the number of threads, and refuses a GPU that is not there."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        fail(f"--device {args.device}: torch sees no GPU here; pass --device cpu")
+
+
 def load(args, pruning: dict = None) -> tuple:
     """Model (in eval mode, on its device) and processor through the Auto classes, as a user loads them.
 
@@ -81,10 +89,7 @@ def load(args, pruning: dict = None) -> tuple:
         args: the parsed arguments of `add_model_arguments`.
         pruning: changes to the pruning block of the repository, on top of `--pruning`.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device {args.device}: torch sees no GPU here; pass --device cpu")
+    use_device(args)
     pruning = {**dict(args.pruning), **(pruning or {})}
     options = {"revision": args.revision, "trust_remote_code": True, "pruning": pruning}
     dtype = DTYPES.get(args.dtype, args.dtype)
@@ -153,14 +158,15 @@ class FeatureMemory:
 
 class StageTimer:
     """
-    Seconds that a model spends in each stage of the calls made inside `with timer:`.
+    Seconds that a model spends in each stage of the calls made inside `with timer:`, or what another `clock` counts.
 
     The stages are `vision encoder` (with its pooling), `selection` (with the query), `projector`, `prefill` (the language model's first
     pass) and `decode` (its later ones); `passes` counts the latter.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, clock=None):
         self.model = model
+        self.clock = clock or self._time
         self.seconds = defaultdict(float)
         self.passes = 0
         self._inside = False
@@ -171,16 +177,15 @@ class StageTimer:
             yield
             return
         self._inside = True
-        self._synchronize()
-        start = time.perf_counter()
+        start = self.clock()
         yield
-        self._synchronize()
-        self.seconds[stage] += time.perf_counter() - start
+        self.seconds[stage] += self.clock() - start
         self._inside = False
 
-    def _synchronize(self):
+    def _time(self) -> float:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
 
     def _wrap(self, owner, name, stage_of):
         original = getattr(owner, name)

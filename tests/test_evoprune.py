@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rediprune.clip_rediprune import encode_and_merge, read_attention, transformer
+from rediprune.clip_rediprune import encode_and_merge, read_attention, run_tower, transformer
 from rediprune.geometry_rediprune import split_budget
 from rediprune.method_evoprune_rediprune import merge_tokens, merging_schedule
 from rediprune.positions_rediprune import pooled_places
@@ -189,3 +189,33 @@ def test_attention_and_keys_are_those_of_the_eager_tower(model, pixels):
     wide = (query @ last_keys.mT / 16**0.5).softmax(-1)[:, 0, 1:, None]  # one head as wide as all
     torch.testing.assert_close(found["last_cls_attention"], wide, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found["last_keys"], last_keys[:, 1:])
+
+
+@pytest.mark.parametrize("taps, needs, kept", [
+    ([-2], set(), {2}),
+    ([-1, 0], set(), {3, 0}),
+    ([-2], {"keys", "relevance"}, {2, 1}),
+    ([1], {"cls_attention", "last_keys"}, {1, 0, 2}),
+    ([0], {"keys"}, {0}),
+])  # fmt: skip
+def test_the_tower_keeps_what_is_asked_for(model, pixels, taps, needs, kept):
+    tower = model.model.vision_tower
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    layers = transformer(tower).encoder.layers
+    before = [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers]
+    with torch.no_grad():
+        found = run_tower(tower, pixels, taps, needs)
+    assert [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers] == before
+    assert found.keys() == kept
+    assert all(torch.equal(found[index], states[index]) for index in kept)
+    with_gradients = run_tower(tower, pixels, taps, needs)
+    assert all(torch.equal(with_gradients[index], states[index]) for index in kept)
+    assert all(with_gradients[index].requires_grad for index in kept)
+    attention = needs - {"relevance"}
+    for name, values in read_attention(tower, found, taps[-1], needs).items():
+        assert torch.equal(values, read_attention(tower, states, taps[-1], attention)[name])
+
+
+def test_a_layer_that_does_not_exist(model, pixels):
+    with torch.no_grad(), pytest.raises(ValueError, match="vision_feature_layer 7 does not exist .* 3 layers"):
+        run_tower(model.model.vision_tower, pixels, [7])

@@ -411,6 +411,19 @@ def test_batch_invariance_of_still_videos(num_tokens, noise):
 
 
 @examples
+@given(any_kind, alphas, st.booleans(), st.sampled_from([0.0, 1.0]), st.sampled_from([1, 3000]))
+def test_groups_and_single_rows_select_the_same(selection, alpha, with_query, rows_alone, cache_bytes):
+    features, query, num_kept = selection
+    query = query if with_query else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selection_rediprune.ROWS_ALONE", 0.0)
+        expected = select_rediprune(features, query, num_kept, alpha=alpha)
+        patch.setattr("selection_rediprune.ROWS_ALONE", rows_alone)
+        patch.setattr("selection_rediprune.CACHE_BYTES", cache_bytes)
+        assert torch.equal(select_rediprune(features, query, num_kept, alpha=alpha), expected)
+
+
+@examples
 @given(selections(kinds=["identical"]), alphas, st.booleans())
 def test_identical_tokens_keep_the_first(selection, alpha, with_query):
     features, query, num_kept = selection
@@ -497,6 +510,9 @@ def test_nonfinite_values_are_named(video, value, pool):
     if pool == "all":
         with pytest.raises(ValueError, match=r"NaN.*sets \[1, 3\]"):
             select_rediprune(broken, None, 22)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"NaN.*sets \[1, 3\]"):
+            patch.setattr("selection_rediprune.CACHE_BYTES", 1)
+            select_rediprune(broken, query, 22)
     broken = query.clone()
     broken[2, 0] = value
     with pytest.raises(ValueError, match=r"NaN.*sets \[2\]"):

@@ -11,17 +11,16 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    LlamaConfig,
     LlavaNextImageProcessor,
     LlavaNextVideoVideoProcessor,
     PreTrainedTokenizerFast,
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import conftest  # noqa: F401, E402
-from rediprune.configuration_rediprune import ReDiPruneConfig  # noqa: E402
-from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration  # noqa: E402
 from rediprune.processing_rediprune import ReDiPruneProcessor  # noqa: E402
+from shapes import SHAPES, random_model, shape_config  # noqa: E402
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -55,25 +54,6 @@ def build_processor(config) -> ReDiPruneProcessor:
     )
 
 
-def build_model(config) -> ReDiPruneLlavaNextVideoForConditionalGeneration:
-    """Random bfloat16 weights, drawn once each: the usual initialisation would take as long as all passes."""
-    with torch.device("meta"):
-        model = ReDiPruneLlavaNextVideoForConditionalGeneration(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu").eval()
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02)
-        else:
-            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    for module in model.modules():
-        if hasattr(module, "position_ids"):
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-        if hasattr(module, "inv_freq"):  # made anew: buffers that are not saved are lost on the meta device
-            module.__init__(config.text_config)
-    return model
-
-
 def measure(model, inputs, token_id) -> dict:
     projected = []
     projector = model.model.multi_modal_projector
@@ -94,9 +74,8 @@ def measure(model, inputs, token_id) -> dict:
 
 @torch.no_grad()
 def main(report: str) -> None:
-    # A Llama config of its own: the defaults of the composite one are of the small vocabulary.
-    config = ReDiPruneConfig(text_config=LlamaConfig(vocab_size=32064, num_hidden_layers=2))
-    model, processor = build_model(config), build_processor(config)
+    config = shape_config(SHAPES["llava-next-video-7b"], layers=2)
+    model, processor = random_model(config), build_processor(config)
     generator = np.random.default_rng(0)
     video = generator.integers(0, 256, (8, 336, 336, 3), dtype=np.uint8)
     result = {

@@ -1,0 +1,367 @@
+"""What pruning costs and saves: time of every stage, peak memory, KV cache, operations and throughput.
+
+Every setting (method x keep ratio) is measured beside the unpruned model with the same frames, pooling and batch, in
+turns: a round runs each of them once, so that all see the same machine. The video and the question are random; neither
+their content nor that of the weights changes what is measured. Nothing is written but OUTPUT.json, OUTPUT.md and
+OUTPUT-*.png.
+
+Examples:
+    python scripts/benchmark.py --output runs/embedded --plots
+    python scripts/benchmark.py --model llava-hf/LLaVA-NeXT-Video-7B-hf --batch 1 2 4 8 --output runs/7b
+    python scripts/benchmark.py --shape llava-next-video-7b --layers 2 --vision-layers 6 --ratios 0.15 0.1 --repeats 3
+    python scripts/benchmark.py --shape llava-next-video-7b --device cuda --frames 8 16 --pooling before skip
+    python scripts/benchmark.py --shape llava-1.5-7b --device cuda
+    python scripts/benchmark.py --selection --threads 2 --output docs/results/selection
+    python scripts/benchmark.py --from runs/embedded.json --output runs/embedded --plots
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import transformers
+from benchmark_tables import STAGES, markdown, summarise
+from repository import DTYPES, StageTimer, add_model_arguments, code_module, environment, fail, load, use_device, write_whole
+from shapes import SHAPES, random_model, shape_config, shape_of
+from tflops import prefill
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+UNPRUNED = "unpruned"
+POOLINGS = ("before", "skip")
+FIRST_WORD = 10  # random words come after the special tokens of the vocabularies
+TEXT_BEFORE = 20  # of the words of a prompt, so many stand before the video; the rest is the question
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", help="where results go: OUTPUT.json, OUTPUT.md, with --plots OUTPUT-*.png")
+    parser.add_argument("--shape", help=f"random weights in a true size instead of --model: {', '.join(SHAPES)}")
+    parser.add_argument("--layers", type=int, help="layers of the language model of a shape (default: all)")
+    parser.add_argument("--vision-layers", type=int, help="layers of its vision tower (default: all)")
+    parser.add_argument("--methods", nargs="+", default=["rediprune"], help="pruning methods (default: %(default)s)")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25, 0.15, 0.1], help="default: %(default)s")
+    parser.add_argument("--frames", nargs="+", type=int, help="frames of a video (default: 8, or as the shape says)")
+    parser.add_argument("--pooling", nargs="+", help="before and/or skip (default: before, or as the shape says)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes (default: %(default)s)")
+    parser.add_argument("--text", type=int, default=60, help="text tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=9, help="tokens generated in each run (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random video and question (default: %(default)s)")
+    parser.add_argument("--selection", action="store_true", help="measure the selection alone, beside a plain loop")
+    parser.add_argument("--from", dest="source", metavar="RESULTS.json", help="tables and plots of an earlier run")
+    parser.add_argument("--plots", action="store_true", help="also draw plots (needs matplotlib)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_model_arguments(parser)
+    args = parser.parse_args()
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args) -> None:
+    """Refuses what cannot be measured, and fills in what the shape says."""
+    if args.shape and args.model != parser_default("model"):
+        fail(f"--shape {args.shape} has random weights and does not go with --model {args.model}; pass one of them")
+    shape = shape_of(args.shape) if args.shape else None
+    if (args.layers or args.vision_layers) and not shape:
+        fail("--layers and --vision-layers cut a --shape; a checkpoint has the layers that it has")
+    defaults = (shape.frames, shape.poolings) if shape else ((8,), ("before",))
+    given = (args.frames, args.pooling)
+    args.frames, args.pooling = (list(default if value is None else value) for default, value in zip(defaults, given))
+    if shape and shape.fixed and (tuple(args.frames), tuple(args.pooling)) != defaults:
+        fail(f"--shape {args.shape} is one picture: it goes with --frames {shape.frames[0]} --pooling {shape.poolings[0]}")
+    known = [name for name in code_module("methods_rediprune").METHODS if name != "none"]
+    for method in args.methods:
+        if method not in known:
+            fail(f"--methods {method}: no such pruning method; choose of {', '.join(known)}")
+    for ratio in args.ratios:
+        if not 0 < ratio < 1:
+            fail(f"--ratios {ratio}: a keep ratio lies between 0 and 1, such as 0.15; the unpruned model always runs beside")
+    for pooling in args.pooling:
+        if pooling not in POOLINGS:
+            fail(f"--pooling {pooling}: choose of {', '.join(POOLINGS)}")
+    least = {"frames": 1, "batch": 1, "text": TEXT_BEFORE + 1, "new_tokens": 1, "repeats": 1, "warmup": 0}
+    least |= {"layers": 1, "vision_layers": 2}  # the tapped layer is the last but one
+    for name, minimum in least.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < minimum:
+                fail(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+    if args.plots:
+        if not args.output:
+            fail("--plots needs --output, which says where they go")
+        import benchmark_plots  # noqa: F401  says what is missing before anything is measured
+
+
+def parser_default(name: str):
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    return parser.get_default(name)
+
+
+def open_model(args):
+    """The model to measure, and what it is in words."""
+    if not args.shape:
+        return load(args)[0], "the embedded checkpoint" if args.model == parser_default("model") else args.model
+    use_device(args)
+    shape = shape_of(args.shape)
+    config = shape_config(shape, args.layers, args.vision_layers)
+    dtype = DTYPES.get(args.dtype, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+    model = random_model(config, dtype, args.device, args.attention)
+    model.config.pruning = dict(args.pruning)
+    return model, shape.title
+
+
+def cells_of(args) -> list:
+    """What is measured: for every frames, pooling and batch the unpruned model, and every method at every ratio."""
+    settings = [(UNPRUNED, 1.0), *itertools.product(args.methods, args.ratios)]
+    cells = []
+    for frames, pooling, batch in itertools.product(args.frames, args.pooling, args.batch):
+        group = {"frames": frames, "pooling": pooling, "batch": batch}
+        cells += [{"method": method, "keep_ratio": ratio, **group} for method, ratio in settings]
+    return cells
+
+
+def pruning_of(model, cell: dict):
+    block = model.config.pruning
+    changes = {"keep_ratio": cell["keep_ratio"], "pooling": cell["pooling"]}
+    if cell["method"] != UNPRUNED:
+        changes["method"] = cell["method"]
+    return type(block).from_value({**block.to_dict(), **changes})
+
+
+def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:
+    """A prompt of random words around one random video in every row."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    geometry = code_module("geometry_rediprune")
+    size, side = config.vision_config.image_size, config.vision_config.image_size // config.vision_config.patch_size
+    grids = geometry.video_grids(frames, side, pruning.pooling, config.spatial_pool_stride)
+    visual = geometry.num_placeholders(grids, pruning, newlines=False)
+    placeholders = {config.image_token_id, config.video_token_id}
+    words = torch.tensor([word for word in range(FIRST_WORD, config.text_config.vocab_size) if word not in placeholders])
+    words = words[torch.randint(len(words), (batch, text), generator=generator)]
+    video = torch.full((batch, visual), config.video_token_id)
+    ids = torch.cat([words[:, :TEXT_BEFORE], video, words[:, TEXT_BEFORE:]], dim=1).to(model.device)
+    pixels = torch.randn(batch, frames, 3, size, size, generator=generator)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": pixels.to(model.device, model.dtype),
+    }
+
+
+@torch.inference_mode()
+def generate(model, inputs: dict, new_tokens: int):
+    """Exactly `new_tokens` tokens, greedily; the output has the cache."""
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    return model.generate(**inputs, **options, return_dict_in_generate=True)
+
+
+def measure_once(model, inputs: dict, new_tokens: int) -> dict:
+    """Seconds of each stage and of the whole of one run; those of `decode` are of one token."""
+    timer = StageTimer(model)
+    with timer:
+        start = timer.clock()
+        generate(model, inputs, new_tokens)
+        total = timer.clock() - start
+    seconds = {stage: timer.seconds.get(stage, 0.0) for stage in STAGES}
+    seconds["other"] = total - sum(timer.seconds.values())
+    seconds["decode"] /= max(1, timer.passes - 1)
+    return {**seconds, "end to end": total}
+
+
+def count_operations(model, inputs: dict) -> tuple:
+    """Floating-point operations of each stage up to the first token, as torch counts them, and bytes of the KV cache."""
+    with FlopCounterMode(display=False) as counter, StageTimer(model, counter.get_total_flops) as stages:
+        output = generate(model, inputs, 1)
+    layers = output.past_key_values.layers
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    return {**{name: int(value) for name, value in stages.seconds.items()}, "total": counter.get_total_flops()}, cache
+
+
+def peak_bytes(model, inputs: dict) -> int:
+    """The most memory that tensors take at once while two tokens are made, beyond what was there before."""
+    if model.device.type == "cuda":
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        generate(model, inputs, 2)
+        return torch.cuda.max_memory_allocated(model.device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        generate(model, inputs, 2)
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    running = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(running, default=0)
+
+
+def describe(model, cell: dict, inputs: dict, text: int) -> dict:
+    """What needs no repetition: numbers of tokens, operations, bytes."""
+    language = model.config.text_config
+    prompt = inputs["input_ids"].shape[1]
+    operations, cache = count_operations(model, inputs)
+    multiply_adds = cell["batch"] * prefill(
+        prompt - text, text, language.num_hidden_layers, language.hidden_size, language.intermediate_size
+    )
+    return {
+        "visual_tokens": prompt - text,
+        "prompt_tokens": prompt,
+        "operations": operations,
+        "paper_prefill_multiply_adds": round(multiply_adds * 1e12),
+        "kv_cache_bytes": cache,
+        "peak_bytes": peak_bytes(model, inputs),
+    }
+
+
+def out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = ("out of memory", "not enough memory", "allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def attempt(row: dict, work):
+    """The result of `work()`; None, with the reason in the row, where memory does not suffice or the model refuses."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if out_of_memory(error):
+            row["error"] = "out of memory"
+        elif isinstance(error, ValueError):
+            row["error"] = str(error)
+        else:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def measure(model, cells: list, args) -> list:
+    """One row for every cell, the cells of one frames, pooling and batch in turns."""
+    progress = tqdm(total=len(cells) * (1 + args.warmup + args.repeats), unit="run", disable=None, mininterval=1)
+    rows = []
+    for _, group in itertools.groupby(cells, key=lambda cell: (cell["frames"], cell["pooling"], cell["batch"])):
+        rows += measure_group(model, list(group), args, progress)
+    progress.close()
+    return rows
+
+
+def measure_group(model, cells: list, args, progress) -> list:
+    base, rows, prepared = model.config.pruning, [], []
+
+    def run(row, pruning, inputs, work):
+        progress.set_description("{method} {keep_ratio:g}, {frames} frames, batch {batch}".format(**row))
+        model.config.pruning = pruning
+        result = attempt(row, lambda: work(inputs)) if row["error"] is None else None
+        progress.update()
+        return result
+
+    for cell in cells:
+        row = {**cell, "error": None}
+        rows.append(row)
+        pruning = pruning_of(model, cell)
+        inputs = attempt(row, lambda: random_inputs(model, pruning, cell["frames"], cell["batch"], args.text, args.seed))
+        prepared.append((row, pruning, inputs))
+        row |= run(*prepared[-1], lambda inputs: describe(model, cell, inputs, args.text)) or {}
+    samples = [defaultdict(list) for _ in rows]
+    for turn in range(args.warmup + args.repeats):
+        for kept, job in zip(samples, prepared):
+            seconds = run(*job, lambda inputs: measure_once(model, inputs, args.new_tokens))
+            if seconds is not None and turn >= args.warmup:
+                for stage, value in seconds.items():
+                    kept[stage].append(round(value, 7))
+    model.config.pruning = base
+    for row, kept in zip(rows, samples):
+        row["samples"] = dict(kept) if row["error"] is None else {}
+    return rows
+
+
+def benchmark_model(args) -> dict:
+    try:
+        model, title = open_model(args)
+    except (ValueError, OSError, ImportError) as error:
+        fail(str(error))
+    load_before = os.getloadavg()[0]
+    rows = measure(model, cells_of(args), args)
+    shape = SHAPES.get(args.shape)
+    layers = model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers
+    report = {
+        "kind": "model",
+        "command": command_line(),
+        "model": title,
+        "layers": {
+            "language": layers[0],
+            "language_of": shape.layers if shape else layers[0],
+            "vision": layers[1],
+            "vision_of": shape.vision_layers if shape else layers[1],
+        },
+        "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "attention": args.attention,
+        "text_tokens": args.text,
+        "new_tokens": args.new_tokens,
+        "repeats": args.repeats,
+        "warmup": args.warmup,
+        "seed": args.seed,
+        "environment": environment(model),
+        "load_average": {"before": load_before, "after": os.getloadavg()[0]},
+        "rows": rows,
+    }
+    return {**report, "summary": summarise(report)}
+
+
+def command_line() -> str:
+    return "python scripts/benchmark.py " + shlex.join(sys.argv[1:])
+
+
+def read_results(path) -> dict:
+    """A report of an earlier run."""
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report["environment"], report["rows"]
+        return report if report["kind"] == "selection" else {**report, "summary": summarise(report)}
+    except OSError as error:
+        fail(f"--from {path}: cannot be read ({error.strerror}); pass the OUTPUT.json of a benchmark")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"--from {path}: not the whole result of a benchmark ({error!r}); measure again with --output")
+
+
+def write_report(report: dict, args) -> None:
+    output = Path(args.output)
+    write_whole(output.with_name(output.name + ".json"), json.dumps(report, indent=1) + "\n")
+    write_whole(output.with_name(output.name + ".md"), markdown(report))
+    if args.plots:
+        from benchmark_plots import draw
+
+        for name, picture in draw(report).items():
+            write_whole(output.with_name(f"{output.name}-{name}.png"), picture)
+
+
+def main():
+    args = parse_arguments()
+    transformers.logging.set_verbosity_error()
+    start = time.time()
+    if args.source:
+        report = read_results(args.source)
+    elif args.selection:
+        from benchmark_selection import benchmark_selection
+
+        use_device(args)
+        report = {"kind": "selection", "command": command_line(), **benchmark_selection(args)}
+    else:
+        report = benchmark_model(args)
+    if not args.source:
+        report["minutes"] = round((time.time() - start) / 60, 1)
+    if args.output:
+        write_report(report, args)
+    print(json.dumps(report, indent=1) if args.json else markdown(report))
+
+
+if __name__ == "__main__":
+    main()
