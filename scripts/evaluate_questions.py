@@ -81,7 +81,7 @@ class FeatureMemory:
 
     def __call__(self, pixels, needs=frozenset(), **kwargs):
         needs = frozenset(needs & TOWER_FIELDS)
-        keys = [hash(picture.cpu().numpy().tobytes()) for picture in pixels]
+        keys = [hash(picture.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for picture in pixels]  # bfloat16 too
         pictures = dict(zip(keys, pixels))  # a batch asks several questions about one scene
         batch = (tuple(pictures), needs)
         if batch not in self.known:
