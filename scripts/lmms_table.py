@@ -120,6 +120,12 @@ def cell(run: dict, baseline: dict, column: tuple) -> str:
     return text
 
 
+def time_cells(times) -> list:
+    if times is None:
+        return ["", ""]
+    return [f"{times['visual_tokens_per_request']:.1f}", f"{1000 * times['seconds_per_request']:.1f}"]
+
+
 def markdown(runs: list) -> str:
     columns, timed = columns_of(runs), any("times" in run for run in runs)
     header = ["run", *(title for _, _, title, _ in columns)] + (["visual tokens", "ms a request"] if timed else [])
@@ -127,8 +133,7 @@ def markdown(runs: list) -> str:
     for run in runs:
         row = [run["name"], *(cell(run, runs[0], column) for column in columns)]
         if timed:
-            times = run.get("times")
-            row += [f"{times['visual_tokens_per_request']:.1f}", f"{1000 * times['seconds_per_request']:.1f}"] if times else 2 * [""]
+            row += time_cells(run.get("times"))
         rows.append(row)
     lines = table(header, rows)
     lines += ["", f"± standard error as lmms-eval gives it; in brackets the share of the figure of {runs[0]['name']!r}."]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,8 @@ def lmms_eval(folder, task, model, model_args, search_path=""):
     """Runs lmms-eval on the task; returns its answers in the order of the questions."""
     command = [sys.executable, "-m", "lmms_eval", "eval", "--model", model, "--model_args", model_args, "--device", "cpu"]
     command += ["--include_path", str(task), "--tasks", "rediprune_world", "--batch_size", "1", "--log_samples"]
-    variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home"), "PYTHONPATH": search_path}
+    variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    variables["PYTHONPATH"] = search_path
     command += ["--output_path", str(folder / model)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
     files = list((folder / model).rglob("*samples*.jsonl"))
@@ -149,7 +151,8 @@ def lmms_eval(folder, task, model, model_args, search_path=""):
 
 
 def evaluate(monkeypatch, output, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(output), "--scenes", "2", "--kinds", "video", *arguments])
+    command = ["evaluate.py", "--output", str(output), "--scenes", "2", "--kinds", "video", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
     importlib.import_module("evaluate").main()
     lines = output.with_name(output.name + ".answers.jsonl").read_text().splitlines()
     return json.loads(lines[-1])["answers"]
@@ -173,3 +176,17 @@ def test_the_plugin_takes_ratio_method_and_frames(monkeypatch, tmp_path, task):
     times = json.loads((tmp_path / "times" / "times.json").read_text())
     assert times["requests"] == len(times["batches"]) == len(expected)
     assert times["visual_tokens_per_request"] == 8 * 9 and times["pruning"]["method"] == "divprune_frame"
+
+
+def test_the_installed_package_knows_the_tasks_and_metrics():
+    lmms_package = pytest.importorskip("lmms_eval")
+    folder = Path(lmms_package.__file__).parent / "tasks"
+    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*.yaml")]
+    asked = re.findall(r"^run (\w+) +#", (ROOT / "docs" / "lmms-eval.md").read_text(), re.MULTILINE)
+    assert len(asked) == 9
+    for task in (*asked, "mmbench_en_dev_static"):
+        assert any(re.search(rf'^(task|group): "?{task}"?\s*$', text, re.MULTILINE) for text in texts), task
+    for task, metric, *_ in importlib.import_module("lmms_table").COLUMNS:
+        if task != "rediprune_world":
+            (text,) = [text for text in texts if re.search(rf'^task: "?{task}"?\s*$', text, re.MULTILINE)]
+            assert f"metric: {metric}\n" in text, (task, metric)
