@@ -49,7 +49,8 @@ class ReDiPrune(Huggingface):
     ):
         lmms.__init__(self)
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # As lmms-eval itself counts them; accelerate counts processes without GPUs only if told so.
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         several = self._world_size > 1
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = self.accelerator.device if several else torch.device(device or default)
