@@ -85,7 +85,8 @@ def main():
     args = parser.parse_args()
     expected = [question["answer"] for question in read_lines(args.questions)]
     rows = [
-        compare(expected, Path(folder), Path(answers), setting, float(ratio)) for folder, answers, setting, ratio in args.pair
+        compare(expected, Path(folder), Path(answers), setting, float(ratio))
+        for folder, answers, setting, ratio in args.pair
     ]
     content = {"environment": environment(), "rows": rows}
     write_whole(args.output.with_name(args.output.name + ".json"), json.dumps(content, indent=1) + "\n")

@@ -58,7 +58,7 @@ def write_task(folder: Path, num_scenes: int) -> int:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="the task's folder, which knows its place: do not move it")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write; it cannot be moved")
     parser.add_argument("--scenes", type=int, default=20, help="held-out videos (default: %(default)s)")
     args = parser.parse_args()
     if args.scenes < 1:

@@ -71,7 +71,7 @@ def test_a_task_folder_without_its_videos_says_so(tmp_path):
 def results(folder, date="1", model_args="pretrained=x", **tasks):
     folder.mkdir(exist_ok=True)
     named = {task: {f"{metric},none": value for metric, value in figures.items()} for task, figures in tasks.items()}
-    content = {"results": named, "config": {"model_args": model_args}, "date": date}
+    content = {"results": named, "config": {"model": "huggingface", "model_args": model_args}, "date": date}
     (folder / f"{date}_results.json").write_text(json.dumps(content))
     return folder
 
@@ -112,6 +112,25 @@ def test_the_table_says_what_is_wrong(monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match=message):
             lmms_table(monkeypatch, "--output", tmp_path / "table", run)
     assert not (tmp_path / "table.md").exists()
+
+
+def test_answers_are_compared_one_by_one(monkeypatch, tmp_path):
+    compare = importlib.import_module("lmms_compare")
+    results(tmp_path / "run", rediprune_world={"accuracy": 0.5})
+    samples = [{"doc_id": 1, "filtered_resps": "b"}, {"doc_id": 0, "filtered_resps": " a "}]
+    (tmp_path / "run" / "1_samples_rediprune_world.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    cell = {"kind": "video", "setting": "rediprune", "keep_ratio": 0.15, "answers": ["a", "c"]}
+    (tmp_path / "a.answers.jsonl").write_text(f"{{}}\n{json.dumps(cell)}\n")
+    (tmp_path / "questions.jsonl").write_text('{"answer": "a"}\n{"answer": "c"}\n')
+    pair = ["--pair", tmp_path / "run", tmp_path / "a.answers.jsonl", "rediprune"]
+    arguments = ["lmms_compare.py", "--output", tmp_path / "out", "--questions", tmp_path / "questions.jsonl", *pair]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.15"])
+    compare.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["accuracy"] == {"lmms-eval": 0.5, "evaluate.py": 1.0} and row["same_answers"] == 1
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.3"])
+    with pytest.raises(SystemExit, match="has no videos with rediprune 0.3; it has: rediprune 0.15"):
+        compare.main()
 
 
 # -- lmms-eval itself --------------------------------------------------------------------------------------------------
