@@ -1,237 +1,325 @@
-"""Accuracy on held-out generated videos and images: pruning settings x keep ratios, with 95 % intervals.
+"""Accuracy on held-out generated videos and images: pruning settings x keep ratios x seeds, with 95 % intervals.
 
 A setting is a method and, after commas, changes to the pruning block: `rediprune`, `rediprune,positions=original`,
 `rediprune,alpha=2,query_weighting=average`, `random,seed=1`. The unpruned model always runs first, and every other row is
 also compared with its answers.
 
-Answers are written down as they come (OUTPUT.answers.jsonl); a run that was killed goes on where it stopped.
+Controls: the methods `random` and `uniform`; and `query=other` (select for the question of another sample) or
+`query=constant` (for one and the same text), after a method that looks at the question. The answer is still to the question
+itself. What is drawn at random, `random` and `query=other`, runs for each of `--seeds`.
+
+Answers are written down as they come (OUTPUT.answers.jsonl, OUTPUT.batches.*.jsonl); a run that was killed goes on where it
+stopped. Under `accelerate launch` the processes share the batches, with the same answers; on a machine without GPUs it needs
+`--multi_gpu` all the same, since its `--cpu` starts one process.
 
 Examples:
-    python scripts/evaluate.py --output docs/results/accuracy
+    python scripts/evaluate.py --output docs/results/accuracy --plots
     python scripts/evaluate.py --output runs/quick --scenes 40 --ratios 0.25 0.1 --settings rediprune random uniform
-    python scripts/evaluate.py --output runs/alpha --settings rediprune,alpha=0 rediprune,alpha=2 --kinds video
+    python scripts/evaluate.py --output runs/query --settings rediprune rediprune,query=other rediprune,query=constant
+    python scripts/evaluate.py --output runs/seeds --settings rediprune random --seeds 5 --kinds video
+    accelerate launch --multi_gpu --num_processes 2 scripts/evaluate.py --output runs/shared --threads 1
+    python scripts/evaluate.py --output runs/shared --threads 1 --time 15 --plots   # adds times to the answers
 """
 
 import argparse
 import json
+import os
 import shlex
+import statistics
 import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
-from repository import (
-    FeatureMemory,
-    add_model_arguments,
-    environment,
-    fail,
-    load,
-    parse_setting,
-    write_whole,
-)
-from toy_world import HELD_OUT_START, sample_image, sample_video
+from evaluate_log import AnswerLog, JsonLines
+from evaluate_questions import OtherQuery, Questions, answer
+from evaluate_report import mark_fronts, markdown, score
+from repository import FeatureMemory, add_model_arguments, code_module, environment, fail, load, parse_setting, write_whole
 from tqdm import tqdm
 
 DEFAULT_SETTINGS = ("rediprune", "rediprune,positions=original", "random", "random,positions=original", "uniform")
 DEFAULT_RATIOS = (0.5, 0.25, 0.15, 0.1)
 UNPRUNED = "unpruned"
-RESAMPLES = 2000
+QUERIES = ("own", "other", "constant")
 BATCH = 48
+TIMED_BATCH = 8
+WARM_UP = 2  # batches that are not counted: the first runs of a process are slower than all others
+
+
+@dataclass
+class Setting:
+    """A pruning setting as it was asked for: its text, the changes to the pruning block, and what is selected for."""
+
+    text: str
+    changes: dict
+    query: str = "own"
+
+    @property
+    def seeded(self) -> bool:
+        """Whether it runs once for each of `--seeds`."""
+        method = self.changes.get("method")
+        drawn = self.query == "other" or method is not None and "seeds" in _methods()[method].needs
+        return drawn and "seed" not in self.changes
+
+    def with_seed(self, seed: int) -> "Setting":
+        return Setting(f"{self.text},seed={seed}", {**self.changes, "seed": seed}, self.query)
+
+
+def _methods() -> dict:
+    return code_module("methods_rediprune").METHODS
+
+
+def setting(text: str) -> Setting:
+    """`"rediprune,alpha=2"` -> a `Setting`."""
+    changes = parse_setting(text)
+    query = changes.pop("query", "own")
+    if query not in QUERIES:
+        raise argparse.ArgumentTypeError(f"{text!r}: query is {query!r}, but must be one of {', '.join(QUERIES)}")
+    if "keep_ratio" in changes:
+        raise argparse.ArgumentTypeError(f"{text!r}: give the keep ratio as --ratios {changes['keep_ratio']}")
+    try:
+        block = code_module("configuration_rediprune").PruningConfig.from_value(changes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    reads = _methods()[block.method].needs & {"relevance", "text_rows"} and block.query_weighting != "none"
+    if query != "own" and not reads:
+        raise argparse.ArgumentTypeError(f"{text!r}: this setting does not look at the question; leave query={query} out")
+    return Setting(text, changes, query)
+
+
+def keep_ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a keep ratio: give numbers in (0, 1], as in --ratios 0.25 0.1")
+    return value
+
+
+def at_least_one(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md, OUTPUT.answers.jsonl")
-    parser.add_argument("--settings", nargs="+", default=DEFAULT_SETTINGS, metavar="METHOD[,KEY=VALUE...]")
-    parser.add_argument("--ratios", nargs="+", type=float, default=DEFAULT_RATIOS, help="keep ratios (default: %(default)s)")
-    parser.add_argument("--scenes", type=int, default=300, help="held-out scenes of each kind (default: %(default)s)")
+    parser.add_argument("--settings", nargs="+", type=setting, default=None, metavar="METHOD[,KEY=VALUE...]")
+    parser.add_argument("--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="default: %(default)s")
+    parser.add_argument("--seeds", type=at_least_one, default=1, help="seeds of what is drawn at random (default: 1)")
+    parser.add_argument("--scenes", type=at_least_one, default=300, help="held-out scenes of a kind (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", default=["video", "image"], choices=["video", "image"])
-    parser.add_argument("--batch", type=int, default=BATCH, help="questions in one batch (default: %(default)s)")
+    parser.add_argument("--batch", type=at_least_one, default=BATCH, help="questions in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--time", type=at_least_one, metavar="BATCHES", help=f"also time every row, on so many batches of {TIMED_BATCH}"
+    )
+    parser.add_argument("--plots", action="store_true", help="also draw OUTPUT.*.png (needs matplotlib)")
     add_model_arguments(parser)
     args = parser.parse_args()
-    for ratio in args.ratios:
-        if not 0 < ratio <= 1:
-            parser.error(f"--ratios: {ratio} is not in (0, 1]")
-    if args.scenes < 1 or args.batch < 1:
-        parser.error(f"--scenes {args.scenes} and --batch {args.batch} must be at least 1")
+    args.settings = args.settings or [setting(text) for text in DEFAULT_SETTINGS]
+    args.settings = list({setting.text: setting for setting in args.settings}.values())
+    args.ratios, args.kinds = list(dict.fromkeys(args.ratios)), list(dict.fromkeys(args.kinds))
+    if args.scenes == 1 and any(setting.query == "other" for setting in args.settings):
+        parser.error("--scenes 1 has no question of another sample for query=other; give at least --scenes 2")
     return args
 
 
-class Questions:
-    """The held-out questions of one kind, with the scenes that they are about."""
+class Processes:
+    """The processes that share the batches: one, or those of `accelerate launch`."""
 
-    def __init__(self, kind: str, num_scenes: int):
-        self.kind = kind
-        sample = sample_video if kind == "video" else sample_image
-        scenes = [sample(seed) for seed in range(HELD_OUT_START, HELD_OUT_START + num_scenes)]
-        self.items = [(index, scene, question) for index, scene in enumerate(scenes) for question in scene.questions]
-        self.scene_of = np.array([index for index, _, _ in self.items])
-        self.types = np.array([question.type for _, _, question in self.items])
-        self.answers = [question.answer for _, _, question in self.items]
-
-    def batches(self, processor, size: int, keep_ratio: float):
-        for start in range(0, len(self.items), size):
-            part = self.items[start : start + size]
-            prompts = [
-                processor.apply_chat_template(
-                    [{"role": "user", "content": [{"type": self.kind}, {"type": "text", "text": question.question}]}],
-                    add_generation_prompt=True,
+    def __init__(self, args):
+        self.rank, self.number = 0, int(os.environ.get("WORLD_SIZE", 1))
+        if self.number == 1:
+            if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
+                print(
+                    "accelerate launch --cpu started one process, although several were asked for; --multi_gpu in its place "
+                    "starts them, without GPUs too",
+                    file=sys.stderr,
                 )
-                for _, _, question in part
-            ]
-            scenes = [scene.frames if self.kind == "video" else scene.frames[0] for _, scene, _ in part]
-            yield processor(text=prompts, **{f"{self.kind}s": scenes}, keep_ratio=keep_ratio, padding=True)
+            return
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            fail(f"WORLD_SIZE={self.number}: several processes need accelerate; install it with `pip install accelerate`")
+        self.state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
+        self.rank, self.number = self.state.process_index, self.state.num_processes
+        if args.device == "cuda":
+            args.device = str(self.state.device)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.number > 1:
+            self.state.wait_for_everyone()
+
+    def share(self, items: list) -> list:
+        return items[self.rank :: self.number]
 
 
-@torch.inference_mode()
-def answer_all(model, processor, questions: Questions, batch: int, keep_ratio: float, title: str) -> list:
-    """The model's greedy answer to every question."""
-    answers = []
-    progress = tqdm(total=len(questions.items), desc=title, unit="question", leave=False, mininterval=1)
-    for inputs in questions.batches(processor, batch, keep_ratio):
-        inputs = inputs.to(model.device, model.dtype)
-        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
-        progress.update(len(new_tokens))
-    progress.close()
-    return answers
+class Evaluation:
+    """Loaded model and processor, what they have answered, and how settings are put into force."""
+
+    def __init__(self, args, processes: Processes):
+        self.args, self.processes = args, processes
+        self.model, self.processor = load(args)
+        self.base = self.model.config.pruning
+        for setting in args.settings:
+            self._block(setting)  # refuses what the model's own pruning block forbids, before anything is computed
+        self.memory, self.other_query = FeatureMemory(self.model), OtherQuery(self.model)
+        fingerprint = {
+            "scenes": args.scenes,
+            "dtype": str(self.model.dtype),
+            "pruning": dict(args.pruning),
+            "weights": float(sum(parameter.detach().double().abs().sum() for parameter in self.model.parameters())),
+        }
+        self.output = Path(args.output)
+        self.log = AnswerLog(self.output, fingerprint, processes.rank)
+        machine = environment(self.model)
+        machine.pop("date")
+        self.times = JsonLines(self.output.with_name(self.output.name + ".times.jsonl"), {**fingerprint, **machine})
+        processes.wait()  # nobody writes before everybody has read
+
+    def _block(self, setting: Setting):
+        """The pruning block of a setting."""
+        return type(self.base).from_value({**self.base.to_dict(), **setting.changes})
+
+    def variants(self, setting: Setting) -> list:
+        """A seeded setting once for each seed; the first has the seed of the model's pruning block."""
+        if not setting.seeded or self.args.seeds == 1:
+            return [setting]
+        start = self.base.seed
+        return [setting, *(setting.with_seed(seed) for seed in range(start + 1, start + self.args.seeds))]
+
+    def use(self, setting: Setting) -> None:
+        self.model.config.pruning = self.processor.pruning = self._block(setting)
+
+    def inputs(self, questions: Questions, setting: Setting, batch: tuple, ratio: float):
+        """A batch on the model's device; with a control of the query, the text that it selects for is set, too."""
+        seed, first = self.model.config.pruning.seed, batch[0]
+        self.other_query.tokens = None
+        if setting.query != "own":
+            part = range(first, first + batch[1])
+            self.other_query.tokens = [questions.query(self.processor, setting.query, index, seed) for index in part]
+        return questions.inputs(self.processor, *batch, ratio).to(self.model.device, self.model.dtype)
+
+    def answers(self, questions: Questions, setting: Setting, ratio: float) -> list:
+        """The answers to all questions, from the log where they are there."""
+        cell, batches = (questions.kind, setting.text, ratio), questions.batches(self.args.batch)
+        if not self.log.finished(cell, len(questions)):
+            self.use(setting)
+            mine = self.processes.share(batches)
+            title = f"{setting.text} {ratio:g}"
+            for batch in tqdm(mine, desc=title, unit="batch", leave=False, disable=not self.processes.main):
+                if not self.log.has(cell, *batch):
+                    inputs = self.inputs(questions, setting, batch, ratio)
+                    self.log.add(cell, batch[0], answer(self.model, self.processor, inputs))
+            self.processes.wait()
+            self.log.collect(cell, batches, write=self.processes.main)
+        return self.log.done[cell]
+
+    def time_rows(self, questions: Questions, cells: list) -> dict:
+        """
+        {cell: seconds a question}, from pixels to the answer with the vision tower: on each batch all cells in turn, so that
+        a disturbance of the machine falls on all of them.
+        """
+        kind, batches = questions.kind, questions.batches(TIMED_BATCH)
+        known = {tuple(record["cell"]): record["seconds"] for record in self.times.read() if record["cell"][0] == kind}
+        rounds = range(-WARM_UP, self.args.time)
+        with self.memory.switched_off():
+            for number in tqdm(rounds, desc=f"times of {kind}s", unit="batch"):
+                for setting, ratio in cells:
+                    cell = (kind, setting.text, ratio, number)
+                    if cell not in known:
+                        known[cell] = self._seconds(questions, setting, batches[number % len(batches)], ratio)
+                        self.times.append({"cell": cell, "seconds": known[cell]})
+        return {
+            (setting.text, ratio): [known[kind, setting.text, ratio, number] for number in range(self.args.time)]
+            for setting, ratio in cells
+        }
+
+    def _seconds(self, questions, setting, batch, ratio) -> float:
+        self.use(setting)
+        inputs = self.inputs(questions, setting, batch, ratio)
+        self._synchronize()
+        start = time.perf_counter()
+        answer(self.model, self.processor, inputs)
+        self._synchronize()
+        return (time.perf_counter() - start) / batch[1]
+
+    def _synchronize(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
 
 
-def interval(right: np.ndarray, scene_of: np.ndarray) -> tuple:
-    """Share right and its 95 % interval: percentile bootstrap over scenes, whose questions are not independent."""
-    scenes, numbers = np.unique(scene_of, return_inverse=True)
-    hits = np.bincount(numbers, weights=right, minlength=len(scenes))
-    sizes = np.bincount(numbers, minlength=len(scenes))
-    draws = np.random.default_rng(0).integers(len(scenes), size=(RESAMPLES, len(scenes)))
-    shares = hits[draws].sum(1) / sizes[draws].sum(1)
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return float(right.mean()), float(low), float(high)
+def summary(seconds: list) -> dict:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
+    return {"seconds_per_question": middle, "low": low, "high": high, "rounds": len(seconds), "batch": TIMED_BATCH}
 
 
-def score(questions: Questions, answers: list, unpruned: list) -> dict:
-    """Accuracy overall and per question type, and agreement with the unpruned model."""
-    right = np.array([given == expected for given, expected in zip(answers, questions.answers)], dtype=float)
-    same = np.array([given == before for given, before in zip(answers, unpruned)], dtype=float)
-    by_type = {}
-    for name in sorted(set(questions.types)):
-        of_type = questions.types == name
-        share, low, high = interval(right[of_type], questions.scene_of[of_type])
-        by_type[name] = {"accuracy": share, "low": low, "high": high, "questions": int(of_type.sum())}
-    share, low, high = interval(right, questions.scene_of)
-    return {
-        "accuracy": share,
-        "low": low,
-        "high": high,
-        "questions": len(answers),
-        "agreement_with_unpruned": float(same.mean()),
-        "by_type": by_type,
-    }
-
-
-class AnswerLog:
-    """Answers by (kind, setting, keep ratio), kept in a file that only grows, so that nothing is computed twice."""
-
-    def __init__(self, path: Path, fingerprint: dict):
-        self.path, self.done = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines and json.loads(lines[0]) != fingerprint:
-            fail(
-                f"{path} belongs to another run ({lines[0]}); this one is {json.dumps(fingerprint)}. Choose another "
-                "--output, or remove that file."
-            )
-        if not lines:
-            path.write_text(json.dumps(fingerprint) + "\n")
-        for line in lines[1:]:
-            try:
-                cell = json.loads(line)
-            except json.JSONDecodeError:  # the run was killed while it wrote this line: that cell is computed again
-                continue
-            self.done[cell["kind"], cell["setting"], cell["keep_ratio"]] = cell["answers"]
-        if lines and not path.read_text().endswith("\n"):
-            with path.open("a") as file:
-                file.write("\n")
-
-    def get(self, kind: str, setting: str, keep_ratio: float, compute) -> list:
-        key = (kind, setting, keep_ratio)
-        if key not in self.done:
-            self.done[key] = compute()
-            cell = {"kind": kind, "setting": setting, "keep_ratio": keep_ratio, "answers": self.done[key]}
-            with self.path.open("a") as file:
-                file.write(json.dumps(cell) + "\n")
-        return self.done[key]
-
-
-def markdown(report: dict) -> str:
-    """The tables of a report."""
-    run = report["environment"]
-    lines = [
-        "# Accuracy on held-out generated scenes",
-        "",
-        f"Command: `{report['command']}`  ",
-        f"{run['cpu']}, {run['threads']} threads, {run['device']}, {run['dtype']}, torch {run['torch']}, transformers "
-        f"{run['transformers']}, Python {run['python']}, {run['date']}; one greedy answer to each question.  ",
-        "Share of right answers in percent with its 95 % interval (bootstrap over scenes), and the share of answers equal to "
-        "those of the unpruned model.",
-    ]
-    for kind in report["kinds"]:
-        rows = [row for row in report["rows"] if row["kind"] == kind]
-        types = list(rows[0]["by_type"])
-        lines += ["", f"## {kind.capitalize()}s: {rows[0]['questions']} questions about {report['scenes']} scenes", ""]
-        header = ["setting", "keep ratio", "right (%)", "95 % interval", "as unpruned (%)", *types]
-        lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+def evaluate_kind(run: Evaluation, kind: str) -> list:
+    """The rows of one kind of medium."""
+    args, rows = run.args, []
+    questions = Questions(kind, args.scenes)
+    unpruned = Setting(UNPRUNED, {})
+    cells = [(unpruned, 1.0)] + [(setting, ratio) for ratio in args.ratios for setting in args.settings]
+    for setting, ratio in tqdm(cells, desc=f"{kind}s", unit="cell", disable=not run.processes.main):
+        by_seed = [run.answers(questions, variant, ratio) for variant in run.variants(setting)]
+        before = run.answers(questions, unpruned, 1.0)
+        scores = score(questions.answers, questions.types, questions.scene_of, by_seed, before)
+        run.use(setting)
+        visual_tokens = questions.visual_tokens(run.processor, ratio)
+        row = {"kind": kind, "setting": setting.text, "keep_ratio": ratio, "visual_tokens": visual_tokens, **scores}
+        rows.append(row)
+        if run.processes.main:
+            tqdm.write(f"{kind} {setting.text:40} {ratio:<5g} {100 * row['accuracy']:5.1f} %")
+    if args.time:
+        times = run.time_rows(questions, cells)
         for row in rows:
-            cells = [row["setting"], f"{row['keep_ratio']:g}", f"{100 * row['accuracy']:.1f}"]
-            cells += [f"{100 * row['low']:.1f} to {100 * row['high']:.1f}", f"{100 * row['agreement_with_unpruned']:.1f}"]
-            cells += [f"{100 * row['by_type'][name]['accuracy']:.1f}" for name in types]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            row["time"] = summary(times[row["setting"], row["keep_ratio"]])
+    return rows
 
 
 def main():
     args = parse_arguments()
-    cells = [(UNPRUNED, 1.0)] + [(setting, ratio) for ratio in args.ratios for setting in args.settings]
+    processes = Processes(args)
+    if args.time and processes.number > 1:
+        fail(
+            f"--time with {processes.number} processes would time how they share the machine; first run without --time, "
+            "then once more in one process with --time: the answers are kept"
+        )
+    if args.plots:
+        from evaluate_plots import draw_plots, import_matplotlib
+
+        import_matplotlib()  # before hours of work rather than after
     try:
-        model, processor = load(args)
-        base = model.config.pruning
-        blocks = {setting: type(base).from_value({**base.to_dict(), **parse_setting(setting)}) for setting in args.settings}
+        run = Evaluation(args, processes)
+        rows = [row for kind in args.kinds for row in evaluate_kind(run, kind)]
     except (ValueError, OSError) as error:
         fail(str(error))
-    blocks[UNPRUNED] = base
-    output = Path(args.output)
-    fingerprint = {
-        "scenes": args.scenes,
-        "dtype": str(model.dtype),
-        "pruning": dict(args.pruning),
-        "weights": float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters())),
-    }
-    log = AnswerLog(output.with_name(output.name + ".answers.jsonl"), fingerprint)
-    FeatureMemory(model)
-
-    rows = []
-    for kind in args.kinds:
-        questions = Questions(kind, args.scenes)
-        for setting, ratio in tqdm(cells, desc=f"{kind}s", unit="cell"):
-            model.config.pruning = processor.pruning = blocks[setting]
-            title = f"{setting} {ratio:g}"
-            answers = log.get(
-                kind, setting, ratio, lambda: answer_all(model, processor, questions, args.batch, ratio, title)
-            )
-            unpruned = log.get(kind, UNPRUNED, 1.0, None)
-            rows.append({"kind": kind, "setting": setting, "keep_ratio": ratio, **score(questions, answers, unpruned)})
-            tqdm.write(f"{kind} {title:40} {100 * rows[-1]['accuracy']:5.1f} %")
-    command = "python scripts/evaluate.py " + shlex.join(sys.argv[1:])
+    processes.wait()
+    if not processes.main:
+        return
+    mark_fronts(rows)
     report = {
-        "command": command,
+        "command": "python scripts/evaluate.py " + shlex.join(sys.argv[1:]),
         "scenes": args.scenes,
         "kinds": args.kinds,
-        "environment": environment(model),
+        "environment": {**environment(run.model), "processes": processes.number},
         "rows": rows,
     }
-    write_whole(output.with_name(output.name + ".json"), json.dumps(report, indent=1) + "\n")
-    write_whole(output.with_name(output.name + ".md"), markdown(report))
+    write_whole(run.output.with_name(run.output.name + ".json"), json.dumps(report, indent=1) + "\n")
+    write_whole(run.output.with_name(run.output.name + ".md"), markdown(report))
+    run.log.remove_batches()
     print(markdown(report))
+    if args.plots:
+        draw_plots(report, run.output)
 
 
 if __name__ == "__main__":

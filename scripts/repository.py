@@ -136,24 +136,35 @@ def write_whole(path, content) -> None:
 
 
 class FeatureMemory:
-    """Remembers what the vision tower gave for a picture: the settings differ in what they keep of it, not in what it gives.
+    """
+    Remembers what the vision tower gave for a batch: the settings differ in what they keep of it, not in what it gives.
 
-    The features are those of the first time, bit for bit. A method that prunes inside the tower goes past it.
+    The features are those of the first time, bit for bit, and depend on the batch alone and not on what came before, so that
+    processes that share the batches get the same. A method that prunes inside the tower goes past it.
     """
 
     def __init__(self, model):
-        self.encode = model._tap
-        self.known = {}
+        self.model, self.encode, self.known = model, model._tap, {}
         model._tap = self
 
     def __call__(self, pixels, needs=frozenset(), **kwargs):
-        keys = [(hash(picture.cpu().numpy().tobytes()), needs & TOWER_FIELDS) for picture in pixels]
-        new = {key: picture for key, picture in zip(keys, pixels) if key not in self.known}
-        if new:
-            patches = self.encode(torch.stack(list(new.values())), needs=needs, **kwargs)
-            for index, key in enumerate(new):
-                self.known[key] = {name: values[index] for name, values in patches.items()}
-        return {name: torch.stack([self.known[key][name] for key in keys]) for name in self.known[keys[0]]}
+        needs = frozenset(needs & TOWER_FIELDS)
+        keys = [hash(picture.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for picture in pixels]  # bfloat16 too
+        pictures = dict(zip(keys, pixels))  # a batch asks several questions about one scene
+        batch = (tuple(pictures), needs)
+        if batch not in self.known:
+            self.known[batch] = self.encode(torch.stack(list(pictures.values())), needs=needs, **kwargs)
+        places = {key: place for place, key in enumerate(pictures)}
+        order = torch.tensor([places[key] for key in keys], device=pixels.device)
+        return {name: values[order] for name, values in self.known[batch].items()}
+
+    @contextmanager
+    def switched_off(self):
+        self.model._tap = self.encode
+        try:
+            yield
+        finally:
+            self.model._tap = self
 
 
 class StageTimer:

@@ -108,20 +108,3 @@ def test_ask_says_what_is_wrong(monkeypatch, arguments, message):
     with pytest.raises(SystemExit) as error:
         run(monkeypatch, "ask", *arguments, "--question", "what?")
     assert message in str(error.value)
-
-
-def test_evaluate_goes_on_where_it_stopped(monkeypatch, capsys, tmp_path):
-    arguments = ["--output", tmp_path / "accuracy", "--scenes", 2, "--ratios", 0.25, "--settings", "rediprune", "random"]
-    run(monkeypatch, "evaluate", *arguments)
-    whole = json.loads((tmp_path / "accuracy.json").read_text())
-    assert [row["setting"] for row in whole["rows"]] == 2 * ["unpruned", "rediprune", "random"]
-    assert all(row["agreement_with_unpruned"] == 1 for row in whole["rows"] if row["setting"] == "unpruned")
-
-    log = tmp_path / "accuracy.answers.jsonl"
-    lines = log.read_text().splitlines()
-    log.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # killed while it wrote its third cell
-    run(monkeypatch, "evaluate", *arguments)
-    assert json.loads((tmp_path / "accuracy.json").read_text())["rows"] == whole["rows"]
-    assert log.read_text().splitlines()[:3] == lines[:3]
-    with pytest.raises(SystemExit, match="another run"):
-        run(monkeypatch, "evaluate", *arguments[:2], "--scenes", 3)

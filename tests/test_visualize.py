@@ -121,7 +121,7 @@ def test_where_a_trace_is_exact_its_ranks_are_the_order_of_the_picks(loaded, med
 @pytest.mark.parametrize(
     "setting, nested, exact",
     [
-        ("divprune_frame", True, True),
+        ("divprune,scope=frame", True, True),
         ("scope", True, True),
         ("random", True, True),
         ("divprune", True, False),  # eight tokens come in at each stop, from all frames together

@@ -1,0 +1,94 @@
+"""The held-out questions, and what the model answers to them."""
+
+import numpy as np
+import torch
+from toy_world import HELD_OUT_START, sample_image, sample_video
+
+MAX_NEW_TOKENS = 6
+CONSTANT_QUERY = "what do you see?"
+
+
+class Questions:
+    """The held-out questions of one kind (`"video"` or `"image"`), with the scenes that they are about."""
+
+    def __init__(self, kind: str, num_scenes: int):
+        self.kind = kind
+        sample = sample_video if kind == "video" else sample_image
+        self.scenes = [sample(seed) for seed in range(HELD_OUT_START, HELD_OUT_START + num_scenes)]
+        asked = [(index, question) for index, scene in enumerate(self.scenes) for question in scene.questions]
+        self.scene_of = np.array([index for index, _ in asked])
+        self.texts = [question.question for _, question in asked]
+        self.types = np.array([question.type for _, question in asked])
+        self.answers = [question.answer for _, question in asked]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batches(self, size: int) -> list:
+        """(first question, number of questions) of every batch: the same however many processes share them."""
+        return [(start, min(size, len(self) - start)) for start in range(0, len(self), size)]
+
+    def media(self, index: int):
+        frames = self.scenes[self.scene_of[index]].frames
+        return frames if self.kind == "video" else frames[0]
+
+    def prompt(self, processor, text: str) -> str:
+        content = [{"type": self.kind}, {"type": "text", "text": text}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def inputs(self, processor, start: int, number: int, keep_ratio: float):
+        part = range(start, start + number)
+        prompts = [self.prompt(processor, self.texts[index]) for index in part]
+        media = [self.media(index) for index in part]
+        return processor(text=prompts, **{f"{self.kind}s": media}, keep_ratio=keep_ratio, padding=True)
+
+    def visual_tokens(self, processor, keep_ratio: float) -> float:
+        """How many visual tokens the prompt of a question has, on average."""
+        token = getattr(processor, f"{self.kind}_token_id")
+        shapes = [self.media(index).shape for index in range(len(self))]
+        counts = {}
+        for index, shape in enumerate(shapes):
+            if shape not in counts:
+                counts[shape] = int((self.inputs(processor, index, 1, keep_ratio)["input_ids"] == token).sum())
+        return float(np.mean([counts[shape] for shape in shapes]))
+
+    def text_of_another(self, index: int, seed: int) -> str:
+        """The question of another sample: one about a scene other than that of question `index`."""
+        others = np.flatnonzero(self.scene_of != self.scene_of[index])
+        return self.texts[np.random.default_rng((seed, index)).choice(others)]
+
+    def query(self, processor, which: str, index: int, seed: int) -> list:
+        """The tokens that the control `which` (`"other"` or `"constant"`) selects for: all after the placeholder."""
+        text = self.text_of_another(index, seed) if which == "other" else CONSTANT_QUERY
+        ids = processor.tokenizer(self.prompt(processor, text))["input_ids"]
+        return ids[ids.index(getattr(processor, f"{self.kind}_token_id")) + 1 :]
+
+
+class OtherQuery:
+    """
+    Lets the model select tokens for another text than the question that it answers: a control.
+
+    `tokens`: for each row of the batch the tokens of that text; `None` = the question itself, as always.
+    """
+
+    def __init__(self, model):
+        self.model, self.select, self.tokens = model, model._select, None
+        model._select = self
+
+    def __call__(self, media, pruning, embeds, is_question, input_ids, *args, **kwargs):
+        if self.tokens is not None:
+            length = max(map(len, self.tokens))
+            rows = [tokens + [0] * (length - len(tokens)) for tokens in self.tokens]
+            input_ids = torch.tensor(rows, device=embeds.device)
+            lengths = torch.tensor([len(tokens) for tokens in self.tokens], device=embeds.device)
+            is_question = torch.arange(length, device=embeds.device) < lengths[:, None]
+            embeds = self.model.get_input_embeddings()(input_ids)
+        return self.select(media, pruning, embeds, is_question, input_ids, *args, **kwargs)
+
+
+@torch.inference_mode()
+def answer(model, processor, inputs) -> list:
+    """The model's greedy answers to a batch that is on its device."""
+    output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]

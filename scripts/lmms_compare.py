@@ -1,0 +1,98 @@
+"""Sets lmms-eval's answers on the task of generated videos beside those of evaluate.py to the same questions.
+
+Example:
+    python scripts/lmms_compare.py --output runs/local --questions runs/lmms-task/questions.jsonl \\
+        --pair runs/lmms runs/accuracy.answers.jsonl rediprune 0.15
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from evaluate_report import percent, table
+from repository import environment, fail, write_whole
+
+TASK = "rediprune_world"
+
+
+def read_lines(path: Path) -> list:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except OSError as error:
+        fail(f"{path} cannot be read ({error.strerror})")
+    except ValueError as error:
+        fail(f"{path} has an incomplete line ({error}): was its run killed? Run it again")
+
+
+def answers_of_lmms_eval(folder: Path) -> list:
+    files = sorted(folder.rglob(f"*_samples_{TASK}.jsonl"))
+    if not files:
+        fail(f"{folder} holds no *_samples_{TASK}.jsonl; run lmms-eval with --log_samples and --output_path {folder}")
+    samples = sorted(read_lines(files[-1]), key=lambda sample: sample["doc_id"])
+    return [sample["filtered_resps"].strip() for sample in samples]
+
+
+def answers_of_evaluate(path: Path, setting: str, keep_ratio: float) -> list:
+    cells = [cell for cell in read_lines(path)[1:] if cell["kind"] == "video"]
+    for cell in cells:
+        if (cell["setting"], cell["keep_ratio"]) == (setting, keep_ratio):
+            return cell["answers"]
+    known = ", ".join(f"{cell['setting']} {cell['keep_ratio']:g}" for cell in cells)
+    fail(f"{path} has no videos with {setting} {keep_ratio:g}; it has: {known or 'none'}")
+
+
+def compare(expected: list, folder: Path, path: Path, setting: str, keep_ratio: float) -> dict:
+    """Accuracy of both, and how many answers are the same."""
+    given = {"lmms-eval": answers_of_lmms_eval(folder), "evaluate.py": answers_of_evaluate(path, setting, keep_ratio)}
+    for name, answers in given.items():
+        if len(answers) != len(expected):
+            fail(f"{name} has {len(answers)} answers to {len(expected)} questions; use the same number of scenes for all")
+    result = json.loads(sorted(folder.rglob("*_results.json"))[-1].read_text())
+    return {
+        "model": result["config"]["model"],
+        "model_args": result["config"]["model_args"],
+        "setting": setting,
+        "keep_ratio": keep_ratio,
+        "lmms_eval_reports": result["results"][TASK]["accuracy,none"],
+        "accuracy": {
+            name: sum(map(str.__eq__, answers, expected)) / len(expected) for name, answers in given.items()
+        },
+        "same_answers": sum(map(str.__eq__, *given.values())),
+        "questions": len(expected),
+    }
+
+
+def markdown(rows: list) -> str:
+    header = ["model of lmms-eval", "its arguments", "lmms-eval: right (%)", "evaluate.py: right (%)", "same answers"]
+    cells = [
+        [
+            row["model"],
+            f"`{row['model_args']}`",
+            percent(row["lmms_eval_reports"]),
+            percent(row["accuracy"]["evaluate.py"]),
+            f"{row['same_answers']} of {row['questions']}",
+        ]
+        for row in rows
+    ]
+    return "\n".join(table(header, cells)) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="where the table goes: OUTPUT.md, OUTPUT.json")
+    parser.add_argument("--questions", type=Path, required=True, help="questions.jsonl of the task's folder")
+    parser.add_argument("--pair", nargs=4, action="append", required=True, metavar=("FOLDER", "ANSWERS", "SETTING", "RATIO"))
+    args = parser.parse_args()
+    expected = [question["answer"] for question in read_lines(args.questions)]
+    rows = [
+        compare(expected, Path(folder), Path(answers), setting, float(ratio))
+        for folder, answers, setting, ratio in args.pair
+    ]
+    content = {"environment": environment(), "rows": rows}
+    write_whole(args.output.with_name(args.output.name + ".json"), json.dumps(content, indent=1) + "\n")
+    write_whole(args.output.with_name(args.output.name + ".md"), markdown(rows))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

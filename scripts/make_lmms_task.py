@@ -1,0 +1,71 @@
+"""Writes a task of lmms-eval: held-out generated videos as lossless files, their questions, and the task's YAML.
+
+The frames that a file gives are those of evaluate.py, bit for bit, so both must find the same accuracy.
+
+Examples:
+    python scripts/make_lmms_task.py --output runs/lmms-task --scenes 20
+    lmms-eval eval --model huggingface --model_args pretrained=.,trust_remote_code=True,device_map=cpu --device cpu \\
+        --include_path runs/lmms-task --tasks rediprune_world --batch_size 1 --output_path runs/lmms
+"""
+
+import argparse
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from repository import ROOT, fail, write_whole
+from toy_world import HELD_OUT_START, sample_video
+
+TEMPLATE = ROOT / "scripts" / "lmms_task"
+FPS = 2
+
+
+def write_lossless(path: Path, frames: np.ndarray) -> None:
+    """Encodes frames (F, height, width, 3), uint8, without loss, and makes sure that they come back as they were."""
+    temporary = path.with_name(path.stem + ".part.mkv")
+    with av.open(str(temporary), "w") as container:
+        stream = container.add_stream("ffv1", rate=Fraction(FPS))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(temporary)) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    if not np.array_equal(decoded, frames):
+        fail(f"{path}: the video does not come back as it was written; another PyAV may do: pip install --upgrade av")
+    temporary.replace(path)
+
+
+def write_task(folder: Path, num_scenes: int) -> int:
+    """Writes the task of the first held-out scenes; returns the number of questions."""
+    folder = folder.resolve()
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(num_scenes):
+        scene, name = sample_video(HELD_OUT_START + number), f"videos/{number:05}.mkv"
+        write_lossless(folder / name, scene.frames)
+        lines += [json.dumps({"scene": number, "video": name, **vars(question)}) for question in scene.questions]
+    questions = folder / "questions.jsonl"
+    write_whole(questions, "\n".join(lines) + "\n")
+    write_whole(folder / "utils.py", (TEMPLATE / "utils.py").read_text())
+    yaml = (TEMPLATE / "rediprune_world.yaml").read_text()
+    write_whole(folder / "rediprune_world.yaml", yaml.replace("QUESTIONS_FILE", json.dumps(str(questions))))
+    return len(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write; it cannot be moved")
+    parser.add_argument("--scenes", type=int, default=20, help="held-out videos (default: %(default)s)")
+    args = parser.parse_args()
+    if args.scenes < 1:
+        parser.error(f"--scenes is {args.scenes}, but must be at least 1")
+    number = write_task(args.output, args.scenes)
+    print(f"wrote {number} questions about {args.scenes} videos to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The evaluation script: the same numbers whatever was killed, resumed or shared, controls that control, clear messages."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from evaluate_questions import CONSTANT_QUERY, OtherQuery, Questions
+from evaluate_report import interval, mark_fronts, pareto_front, score
+from repository import FeatureMemory
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def evaluate(monkeypatch, output, *arguments):
+    """Runs the script in this process; returns its report."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(output), *map(str, arguments)])
+    importlib.import_module("evaluate").main()
+    return json.loads(output.with_name(output.name + ".json").read_text())
+
+
+def refuse(monkeypatch, capsys, *arguments):
+    """The message with which the script refuses these arguments."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as error:
+        importlib.import_module("evaluate").main()
+    return str(error.value) + capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model = transformers.AutoModelForImageTextToText.from_pretrained(ROOT, trust_remote_code=True).eval()
+    return model, transformers.AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
+
+
+@pytest.fixture
+def count_answers(monkeypatch):
+    """A list that grows by one entry for each batch that the model answers."""
+    module, batches = importlib.import_module("evaluate"), []
+    real = module.answer
+
+    def counted(model, processor, inputs):
+        batches.append(len(inputs["input_ids"]))
+        if len(batches) == counted.killed_in:
+            raise KeyboardInterrupt
+        return real(model, processor, inputs)
+
+    counted.killed_in = None
+    monkeypatch.setattr(module, "answer", counted)
+    counted.batches = batches
+    return counted
+
+
+# -- nothing lost, nothing twice ---------------------------------------------------------------------------------------
+
+SMALL = ("--scenes", 2, "--ratios", 0.25, "--kinds", "video", "--batch", 5, "--threads", 1)
+
+
+def test_a_killed_run_goes_on_at_the_batch_where_it_stopped(monkeypatch, tmp_path, count_answers):
+    whole = evaluate(monkeypatch, tmp_path / "whole", *SMALL, "--settings", "rediprune", "random")
+    total = len(count_answers.batches)
+    assert [row["setting"] for row in whole["rows"]] == ["unpruned", "rediprune", "random"]
+    assert whole["rows"][0]["agreement_with_unpruned"] == 1
+    assert not list(tmp_path.glob("whole.batches.*")) and total == 3 * 3
+
+    count_answers.batches.clear()
+    count_answers.killed_in = 5
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(monkeypatch, tmp_path / "killed", *SMALL, "--settings", "rediprune", "random")
+    count_answers.killed_in = None
+    resumed = evaluate(monkeypatch, tmp_path / "killed", *SMALL, "--settings", "rediprune", "random")
+    assert resumed["rows"] == whole["rows"]
+    assert len(count_answers.batches) == total + 1  # the one that was killed
+
+    count_answers.batches.clear()
+    assert evaluate(monkeypatch, tmp_path / "killed", *SMALL, "--settings", "random")["rows"] == whole["rows"][::2]
+    assert not count_answers.batches
+    with pytest.raises(SystemExit, match="another run"):
+        evaluate(monkeypatch, tmp_path / "killed", "--scenes", 3)
+
+
+def test_a_cut_off_line_is_computed_again(monkeypatch, tmp_path, capsys):
+    first = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+    log = tmp_path / "a.answers.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
+    assert evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")["rows"] == first["rows"]
+    assert "line 3 is incomplete" in capsys.readouterr().err
+    assert log.read_text().splitlines()[-1] == lines[2]
+
+    log.write_text('{"scenes": 2, "dt\nmore\n')
+    with pytest.raises(SystemExit, match="line 1 .* Choose another --output, or remove that file"):
+        evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+
+
+def test_processes_share_the_batches_and_give_the_same_answers(monkeypatch, tmp_path):
+    pytest.importorskip("accelerate")
+    arguments = [*map(str, SMALL), "--settings", "rediprune", "random"]
+    alone = evaluate(monkeypatch, tmp_path / "alone", *arguments)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(ROOT / "scripts" / "evaluate.py")]
+    command += ["--output", str(tmp_path / "shared"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    shared = json.loads((tmp_path / "shared.json").read_text())
+    assert shared["rows"] == alone["rows"] and shared["environment"]["processes"] == 2
+    assert (tmp_path / "shared.answers.jsonl").read_text() == (tmp_path / "alone.answers.jsonl").read_text()
+    assert not list(tmp_path.glob("*.batches.*"))
+
+
+def test_the_features_of_a_batch_do_not_depend_on_what_came_before(loaded):
+    model, processor = loaded
+    pictures = torch.rand(5, 3, 96, 96)
+    fresh = FeatureMemory(model)(pictures[2:])
+    memory = FeatureMemory(model)
+    memory(pictures[:4])
+    again = memory(pictures[2:])
+    assert torch.equal(again["features"], fresh["features"])
+    twice = memory(pictures[[2, 3, 2, 4]])["features"]
+    assert torch.equal(twice, again["features"][[0, 1, 0, 2]])
+    del model._tap
+
+
+# -- controls and seeds ------------------------------------------------------------------------------------------------
+
+
+def kept(model, processor, questions, number):
+    inputs = questions.inputs(processor, 0, number, 0.25)
+    return [medium.kept[0] for medium in model.select_tokens(**inputs)]
+
+
+@torch.inference_mode()
+def test_tokens_are_selected_for_another_question(loaded):
+    model, processor = loaded
+    questions = Questions("video", 2)
+    number = len(questions)
+    plain = kept(model, processor, questions, number)
+    other_query = OtherQuery(model)
+    prompts = [processor.tokenizer(questions.prompt(processor, text))["input_ids"] for text in questions.texts]
+    other_query.tokens = [ids[ids.index(processor.video_token_id) + 1 :] for ids in prompts]
+    assert all(map(torch.equal, kept(model, processor, questions, number), plain))
+
+    other_query.tokens = [questions.query(processor, "constant", index, 0) for index in range(number)]
+    assert len(set(map(tuple, other_query.tokens))) == 1
+    assert CONSTANT_QUERY in processor.decode(other_query.tokens[0])
+    constant = kept(model, processor, questions, number)
+    of_scene = [kept for kept, scene in zip(constant, questions.scene_of) if scene == 0]
+    assert all(torch.equal(kept, of_scene[0]) for kept in of_scene)
+    other_query.tokens = None
+    assert all(map(torch.equal, kept(model, processor, questions, number), plain))
+    del model._select
+
+
+def test_the_other_question_is_about_another_scene():
+    questions = Questions("image", 3)
+    drawn = [[questions.text_of_another(index, seed) for index in range(len(questions))] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    for index, text in enumerate(drawn[0]):
+        assert text in np.array(questions.texts)[questions.scene_of != questions.scene_of[index]]
+
+
+def test_what_is_drawn_runs_once_for_each_seed(monkeypatch, tmp_path):
+    settings = ["rediprune", "rediprune,query=other", "random", "random,seed=1"]
+    report = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--seeds", 2, "--settings", *settings)
+    rows = {row["setting"]: row for row in report["rows"]}
+    assert [name for name, row in rows.items() if "accuracy_by_seed" in row] == ["rediprune,query=other", "random"]
+    assert rows["random"]["accuracy"] == pytest.approx(np.mean(rows["random"]["accuracy_by_seed"]))
+    assert rows["random"]["accuracy_by_seed"][1] == rows["random,seed=1"]["accuracy"]
+    assert "mean of 2 seeds" in (tmp_path / "a.md").read_text()
+
+
+def test_controls_are_scored_against_the_original_question(monkeypatch, tmp_path):
+    report = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "rediprune,query=constant")
+    assert report["rows"][1]["by_type"]["colour"]["accuracy"] > 0.5
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_score_is_the_mean_over_seeds():
+    types, scenes = np.array(["a", "b", "a"]), np.array([0, 0, 1])
+    row = score(["x", "y", "z"], types, scenes, [["x", "y", "-"], ["x", "-", "-"]], ["x", "y", "q"])
+    assert row["accuracy"] == pytest.approx(0.5) and row["accuracy_by_seed"] == pytest.approx([2 / 3, 1 / 3])
+    assert row["agreement_with_unpruned"] == pytest.approx(0.5)
+    assert row["by_type"]["a"]["accuracy"] == pytest.approx(0.5) and row["by_type"]["a"]["questions"] == 2
+    assert row["by_type"]["b"]["low"] == row["by_type"]["b"]["high"] == 0.5
+
+
+def test_the_interval_resamples_scenes():
+    right, scenes = np.repeat([1.0, 0.0], 50), np.repeat([0, 1], 50)
+    wide = interval(right, scenes)
+    assert (wide["low"], wide["high"]) == (0, 1)
+    narrow = interval(right, np.arange(100))
+    assert 0.35 < narrow["low"] < 0.5 < narrow["high"] < 0.65
+
+
+def test_pareto_front():
+    assert pareto_front([1, 2, 3, 2, 2], [0.5, 0.7, 0.7, 0.4, 0.7]) == [True, True, False, False, True]
+    rows = [{"kind": "video", "accuracy": a, "time": {"seconds_per_question": t}} for a, t in ((0.5, 1), (0.4, 2))]
+    mark_fronts(rows)
+    assert [row["on_pareto_front"] for row in rows] == [True, False]
+
+
+def test_times_include_the_vision_tower_and_are_kept(monkeypatch, tmp_path, count_answers):
+    encoded = []
+    monkeypatch.setattr(
+        transformers.models.clip.modeling_clip.CLIPVisionEmbeddings,
+        "forward",
+        lambda self, pixels, *args, real=transformers.models.clip.modeling_clip.CLIPVisionEmbeddings.forward, **kwargs: (
+            encoded.append(len(pixels)) or real(self, pixels, *args, **kwargs)
+        ),
+    )
+    arguments = [*SMALL, "--settings", "uniform"]
+    evaluate(monkeypatch, tmp_path / "a", *arguments)
+    encoded.clear()
+    count_answers.batches.clear()
+    report = evaluate(monkeypatch, tmp_path / "a", *arguments, "--time", 1, "--plots")
+    batches = count_answers.batches
+    assert len(batches) == 3 * 2 and encoded == [8 * questions for questions in batches]  # every frame of every question
+    assert all(row["time"]["rounds"] == 1 and row["time"]["seconds_per_question"] > 0 for row in report["rows"])
+    assert all((tmp_path / f"a.video-{name}.png").stat().st_size > 1000 for name in ("tokens", "time"))
+    assert "the vision tower included" in (tmp_path / "a.md").read_text()
+    batches.clear()
+    again = evaluate(monkeypatch, tmp_path / "a", *arguments, "--time", 1)
+    assert again["rows"] == report["rows"] and not batches
+
+
+def test_visual_tokens_are_counted(loaded):
+    processor = loaded[1]
+    assert Questions("video", 1).visual_tokens(processor, 1.0) == 8 * 36
+    assert Questions("video", 1).visual_tokens(processor, 0.25) == 8 * 9
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ratios", "0.5", "half"], "'half' is not a keep ratio: give numbers in (0, 1]"),
+        (["--ratios", "nan"], "'nan' is not a keep ratio"),
+        (["--ratios", "0"], "'0' is not a keep ratio"),
+        (["--settings", "magic"], "'magic': pruning key 'method' is 'magic', but must be one of 'rediprune'"),
+        (["--settings", "rediprune,alpha"], "'alpha' is not KEY=VALUE"),
+        (["--settings", "rediprune,alhpa=2"], "unknown pruning key 'alhpa'; allowed keys"),
+        (["--settings", "rediprune,keep_ratio=0.3"], "give the keep ratio as --ratios 0.3"),
+        (["--settings", "rediprune,query=mine"], "query is 'mine', but must be one of own, other, constant"),
+        (["--settings", "uniform,query=other"], "does not look at the question; leave query=other out"),
+        (["--settings", "rediprune,query=other", "--scenes", "1"], "give at least --scenes 2"),
+        (["--seeds", "0"], "'0' is not a number of at least 1"),
+        (["--scenes", "many"], "'many' is not a number of at least 1"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, message):
+    assert message in refuse(monkeypatch, capsys, "--output", tmp_path / "a", *arguments)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "cannot be read"),
+        ('{"rows": [{"kind"', "is not a whole JSON file"),
+        ("[]", "has no rows"),
+        ('{"rows": [{"kind": "video"}]}', "row 0 lacks accuracy, high, keep_ratio"),
+    ],
+)
+def test_plots_say_what_is_wrong_with_a_report(tmp_path, text, message):
+    path = tmp_path / "report.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        importlib.import_module("evaluate_plots").read_report(path)
+
+
+def test_plots_of_a_report_without_token_counts(tmp_path):
+    plots = importlib.import_module("evaluate_plots")
+    report = plots.read_report(ROOT / "docs" / "results" / "accuracy-image.json")
+    (path,) = plots.draw_plots(report, tmp_path / "a")
+    assert path.name == "a.image-tokens.png" and path.exists()

@@ -1,0 +1,211 @@
+"""lmms-eval: the local task, the plug-in and the tables; the run itself where lmms-eval is installed."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluate_questions import Questions
+from make_lmms_task import write_task
+from rediprune.video_rediprune import read_video
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUGIN = ROOT / "scripts" / "lmms_plugin"
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    write_task(folder, 2)
+    return folder
+
+
+def utils_of(folder):
+    spec = importlib.util.spec_from_file_location("task_utils", folder / "utils.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def docs_of(folder):
+    return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+
+
+# -- the task ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_task_asks_what_evaluate_asks_about_the_same_frames(task):
+    questions, docs = Questions("video", 2), docs_of(task)
+    assert [doc["question"] for doc in docs] == questions.texts
+    assert [doc["answer"] for doc in docs] == questions.answers
+    utils = utils_of(task)
+    for index, doc in enumerate(docs):
+        (path,) = utils.doc_to_visual(doc)
+        frames, _ = read_video(path, lambda total, fps: np.arange(total))
+        assert np.array_equal(frames, questions.media(index))
+
+
+def test_the_yaml_names_the_questions_and_every_type(task):
+    yaml = (task / "rediprune_world.yaml").read_text()
+    assert json.dumps(str(task / "questions.jsonl")) in yaml and "QUESTIONS_FILE" not in yaml
+    assert all(f"metric: accuracy_{doc['type']}\n" in yaml for doc in docs_of(task))
+    result = utils_of(task).process_results({"answer": "red", "type": "colour"}, [" red "])
+    assert result == {"accuracy": 1.0, "accuracy_colour": 1.0}
+
+
+def test_a_task_folder_without_its_videos_says_so(tmp_path):
+    write_task(tmp_path, 1)
+    (tmp_path / "videos" / "00000.mkv").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks 1 of its 1 videos .* write it again with"):
+        utils_of(tmp_path).doc_to_visual(docs_of(tmp_path)[0])
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def results(folder, date="1", model_args="pretrained=x", **tasks):
+    folder.mkdir(exist_ok=True)
+    named = {task: {f"{metric},none": value for metric, value in figures.items()} for task, figures in tasks.items()}
+    content = {"results": named, "config": {"model": "huggingface", "model_args": model_args}, "date": date}
+    (folder / f"{date}_results.json").write_text(json.dumps(content))
+    return folder
+
+
+def lmms_table(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lmms_table.py", *map(str, arguments)])
+    importlib.import_module("lmms_table").main()
+
+
+def test_the_table_sets_runs_side_by_side(monkeypatch, tmp_path):
+    results(tmp_path / "full", gqa={"exact_match": 0.5, "exact_match_stderr": 0.01}, mme={"mme_perception_score": 1400.0})
+    results(tmp_path / "pruned", gqa={"exact_match": 0.3})
+    results(tmp_path / "pruned", date="2", gqa={"exact_match": 0.4, "exact_match_stderr": "N/A"}, own={"score": 3})
+    batch = {"seconds": 0.5, "requests": 2, "visual_tokens": 44, "prompt_tokens": 60, "new_tokens": 4}
+    times = {"batches": [batch], "device": "cpu", "dtype": "float32", "pruning": {}}
+    (tmp_path / "pruned" / "times.json").write_text(json.dumps(times))
+    runs = [f"unpruned={tmp_path / 'full'}", f"kept 0.15={tmp_path / 'pruned'}"]
+    lmms_table(monkeypatch, "--output", tmp_path / "table", *runs)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "| run | GQA | MME perception | own score | visual tokens | ms a request |"
+    assert lines[2] == "| unpruned | 50.00 ± 1.00 | 1400.00 | not run |  |  |"
+    assert lines[3] == "| kept 0.15 | 40.00 (80.0%) | not run | 3.00 | 22.0 | 250.0 |"
+    assert json.loads((tmp_path / "table.json").read_text())[1]["tasks"]["gqa"]["exact_match"]["value"] == 0.4
+
+
+def test_the_table_says_what_is_wrong(monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half_results.json").write_text('{"results": {"gqa"')
+    (tmp_path / "other_results.json").write_text("{}")
+    wrong = {
+        "runs/a": "'runs/a' is not NAME=PATH",
+        f"a={tmp_path / 'missing'}": "a: there is no",
+        f"a={tmp_path / 'empty'}": "holds no \\*_results.json; give",
+        f"a={tmp_path / 'half_results.json'}": "is not a whole JSON file",
+        f"a={tmp_path / 'other_results.json'}": "has no results; give",
+    }
+    for run, message in wrong.items():
+        with pytest.raises(SystemExit, match=message):
+            lmms_table(monkeypatch, "--output", tmp_path / "table", run)
+    assert not (tmp_path / "table.md").exists()
+
+
+def test_answers_are_compared_one_by_one(monkeypatch, tmp_path):
+    compare = importlib.import_module("lmms_compare")
+    results(tmp_path / "run", rediprune_world={"accuracy": 0.5})
+    samples = [{"doc_id": 1, "filtered_resps": "b"}, {"doc_id": 0, "filtered_resps": " a "}]
+    (tmp_path / "run" / "1_samples_rediprune_world.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    cell = {"kind": "video", "setting": "rediprune", "keep_ratio": 0.15, "answers": ["a", "c"]}
+    (tmp_path / "a.answers.jsonl").write_text(f"{{}}\n{json.dumps(cell)}\n")
+    (tmp_path / "questions.jsonl").write_text('{"answer": "a"}\n{"answer": "c"}\n')
+    pair = ["--pair", tmp_path / "run", tmp_path / "a.answers.jsonl", "rediprune"]
+    arguments = ["lmms_compare.py", "--output", tmp_path / "out", "--questions", tmp_path / "questions.jsonl", *pair]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.15"])
+    compare.main()
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["accuracy"] == {"lmms-eval": 0.5, "evaluate.py": 1.0} and row["same_answers"] == 1
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.3"])
+    with pytest.raises(SystemExit, match="has no videos with rediprune 0.3; it has: rediprune 0.15"):
+        compare.main()
+
+
+# -- lmms-eval itself --------------------------------------------------------------------------------------------------
+
+
+def test_the_plugin_names_its_entry_point():
+    text = (PLUGIN / "pyproject.toml").read_text()
+    assert '[project.entry-points."lmms_eval.models"]\nrediprune = "rediprune_lmms_eval:manifest"' in text
+    code = (PLUGIN / "rediprune_lmms_eval" / "__init__.py").read_text()
+    assert "def manifest()" in code and '"rediprune_lmms_eval.model.ReDiPrune"' in code
+    assert "class ReDiPrune(Huggingface)" in (PLUGIN / "rediprune_lmms_eval" / "model.py").read_text()
+
+
+def installed_plugin(folder):
+    """A search path on which the plug-in counts as installed."""
+    (folder / "rediprune_lmms_eval-0.1.0.dist-info").mkdir()
+    for name, text in {
+        "METADATA": "Metadata-Version: 2.1\nName: rediprune-lmms-eval\nVersion: 0.1.0\n",
+        "entry_points.txt": "[lmms_eval.models]\nrediprune = rediprune_lmms_eval:manifest\n",
+    }.items():
+        (folder / "rediprune_lmms_eval-0.1.0.dist-info" / name).write_text(text)
+    return os.pathsep.join(map(str, (folder, PLUGIN)))
+
+
+def lmms_eval(folder, task, model, model_args, search_path=""):
+    """Runs lmms-eval on the task; returns its answers in the order of the questions."""
+    command = [sys.executable, "-m", "lmms_eval", "eval", "--model", model, "--model_args", model_args, "--device", "cpu"]
+    command += ["--include_path", str(task), "--tasks", "rediprune_world", "--batch_size", "1", "--log_samples"]
+    variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    variables["PYTHONPATH"] = search_path
+    command += ["--output_path", str(folder / model)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+    files = list((folder / model).rglob("*samples*.jsonl"))
+    assert result.returncode == 0 and files, result.stderr[-3000:]
+    samples = [json.loads(line) for line in files[0].read_text().splitlines()]
+    return [sample["filtered_resps"].strip() for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+
+
+def evaluate(monkeypatch, output, *arguments):
+    command = ["evaluate.py", "--output", str(output), "--scenes", "2", "--kinds", "video", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    importlib.import_module("evaluate").main()
+    lines = output.with_name(output.name + ".answers.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])["answers"]
+
+
+def test_lmms_eval_gets_the_answers_of_evaluate(monkeypatch, tmp_path, task):
+    pytest.importorskip("lmms_eval")
+    arguments = ["--batch", "1", "--dtype", "bfloat16", "--ratios", "0.15", "--settings", "rediprune"]
+    expected = evaluate(monkeypatch, tmp_path / "plain", *arguments)
+    model_args = f"pretrained={ROOT},trust_remote_code=True,device_map=cpu"
+    assert lmms_eval(tmp_path, task, "huggingface", model_args) == expected
+
+
+def test_the_plugin_takes_ratio_method_and_frames(monkeypatch, tmp_path, task):
+    pytest.importorskip("lmms_eval")
+    arguments = ["--batch", "1", "--ratios", "0.25", "--settings", "divprune_frame,positions=original"]
+    expected = evaluate(monkeypatch, tmp_path / "plugin", *arguments)
+    model_args = f"pretrained={ROOT},keep_ratio=0.25,method=divprune_frame,positions=original,dtype=float32"
+    model_args += f",num_frames=8,revision=main,times={tmp_path / 'times' / 'times.json'}"
+    assert lmms_eval(tmp_path, task, "rediprune", model_args, installed_plugin(tmp_path)) == expected
+    times = json.loads((tmp_path / "times" / "times.json").read_text())
+    assert times["requests"] == len(times["batches"]) == len(expected)
+    assert times["visual_tokens_per_request"] == 8 * 9 and times["pruning"]["method"] == "divprune_frame"
+
+
+def test_the_installed_package_knows_the_tasks_and_metrics():
+    lmms_package = pytest.importorskip("lmms_eval")
+    folder = Path(lmms_package.__file__).parent / "tasks"
+    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*.yaml")]
+    asked = re.findall(r"^run (\w+) +#", (ROOT / "docs" / "lmms-eval.md").read_text(), re.MULTILINE)
+    assert len(asked) == 9
+    for task in (*asked, "mmbench_en_dev_static"):
+        assert any(re.search(rf'^(task|group): "?{task}"?\s*$', text, re.MULTILINE) for text in texts), task
+    for task, metric, *_ in importlib.import_module("lmms_table").COLUMNS:
+        if task != "rediprune_world":
+            (text,) = [text for text in texts if re.search(rf'^task: "?{task}"?\s*$', text, re.MULTILINE)]
+            assert f"metric: {metric}\n" in text, (task, metric)
