@@ -84,6 +84,7 @@ def _axes(pyplot, kind: str, x_label: str):
     axes.set_ylabel("right answers (%), 95 % interval")
     axes.set_title(f"held-out {kind}s")
     axes.grid(alpha=0.3)
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     return figure, axes
 
 
@@ -99,6 +100,9 @@ def _against_tokens(pyplot, rows: list, kind: str):
         if row["setting"] == "unpruned":
             axes.axhline(100 * row["accuracy"], color="black", linestyle="--", label="unpruned")
     axes.set_xscale("log")
+    ticks = sorted({row["visual_tokens" if counted else "keep_ratio"] for row in rows if row["setting"] != "unpruned"})
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     return figure
 

@@ -123,6 +123,7 @@ def test_the_features_of_a_batch_do_not_depend_on_what_came_before(loaded):
     assert torch.equal(again["features"], fresh["features"])
     twice = memory(pictures[[2, 3, 2, 4]])["features"]
     assert torch.equal(twice, again["features"][[0, 1, 0, 2]])
+    assert memory(pictures.bfloat16())["features"].shape == (5, 144, 128)  # numpy has no such type
     del model._tap
 
 
