@@ -364,12 +364,18 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **media_inputs, **kwargs
         )
+        new_tokens = {key: model_inputs.get(key) for key in ("input_ids", "inputs_embeds")}
+        query_mask = kwargs.get("query_mask")
+        if query_mask is not None:
+            # Without a cache, and where an assistant proposes an answer, there are tokens after the question.
+            appended = max(0, input_ids.shape[1] - query_mask.shape[1])
+            num_tokens = next(tokens.shape[1] for tokens in new_tokens.values() if tokens is not None)
+            model_inputs["query_mask"] = F.pad(query_mask, (0, appended))[:, -num_tokens:]
         if _cached_tokens(past_key_values):
             # The first pass over a reused cache takes the media of the new tokens, a decoding step takes none.
-            new_tokens = {key: model_inputs.get(key) for key in ("input_ids", "inputs_embeds")}
             masks = self._placeholder_masks(**new_tokens).values()
             has_media = any(mask.shape[1] > 1 and mask.any() for mask in masks)
-            model_inputs.update(media_inputs if has_media else dict.fromkeys(media_inputs))
+            model_inputs.update(media_inputs if has_media else dict.fromkeys([*media_inputs, "query_mask"]))
         return model_inputs
 
     def _expand_inputs_for_generation(
@@ -390,6 +396,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 group = [medium for medium in media if medium.kind == kind]
                 indices += [index for index, medium in enumerate(group) if medium.row == row] * expand_size
         take = lambda tensor, kind: tensor[order[kind]] if tensor is not None and order[kind] else None  # noqa: E731
+        if media and kwargs.get("query_mask") is None:
+            # Covers the prompt alone: what will be generated after it is no part of the question.
+            kwargs["query_mask"] = torch.ones_like(masks["image"])
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
@@ -397,17 +406,6 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         kwargs["pixel_values_videos"] = take(pixel_values_videos, "video")
         kwargs["image_sizes"] = take(image_sizes, "image")
         return input_ids, kwargs
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        # Without a cache every step sees the media again: what was generated must not become part of the question.
-        if not model_kwargs.get("use_cache", True):
-            mask = model_kwargs.get("query_mask")
-            if mask is None:
-                prompt = model_kwargs.get("attention_mask")
-                prompt = model_kwargs["position_ids"] if prompt is None else prompt  # 5.x drops a mask of ones
-                mask = outputs.logits.new_ones(len(outputs.logits), prompt.shape[-1], dtype=torch.bool)
-            model_kwargs["query_mask"] = torch.cat([mask, mask.new_zeros(mask.shape[0], 1)], dim=1)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     # -- what the media of a prompt are -------------------------------------------------------------------------------
 
