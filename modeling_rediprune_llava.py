@@ -1,5 +1,6 @@
 """LLaVA-NeXT-Video whose visual tokens are pruned between the vision encoder and the projector."""
 
+import contextlib
 import itertools
 import os
 import zlib
@@ -32,10 +33,12 @@ from .linking_rediprune import (
     own_generation_config,
     same_weights,
     sample_weights,
+    unlinked,
 )
 from .method_base_rediprune import VisualTokens
 from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS
+from .portability_rediprune import code_in_place
 from .positions_rediprune import image_offsets, pooled_places, position_gaps, video_offsets
 from .relevance_rediprune import attention_relevance, attention_rows, cosine_relevance, stack_rows, word_rows
 from .selection_rediprune import align_query, build_query
@@ -195,29 +198,44 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             materialise (`bool`, defaults to `False`): write the weights of a linked variant, and no link. Happens by itself,
                 with a warning, when they are no longer those of the base, as after training.
         """
-        config = self.config
-        if config.weights_from is None or getattr(self, "_hf_peft_config_loaded", False):  # adapters alone are saved
-            return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
-        if not materialise and not self._weights_are_linked():
-            materialise = True
-            logger.warning(
-                f"The weights are not those of weights_from={config.weights_from!r} any more, so they are saved in full and "
-                "the link is left out."
-            )
-        if materialise:
-            link = config.weights_from, config.weights_revision
-            config.weights_from = config.weights_revision = None
-            try:
+        adapters_alone = getattr(self, "_hf_peft_config_loaded", False)
+        if adapters_alone or not self._stays_linked(materialise):
+            link = contextlib.nullcontext() if adapters_alone else unlinked(self.config)
+            with link, code_in_place(self, save_directory):
                 return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
-            finally:
-                config.weights_from, config.weights_revision = link
         if push_to_hub:
             hub_keys = ("commit_message", "private", "token", "create_pr", "revision")
             hub = {key: kwargs[key] for key in hub_keys if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)), **hub)
-        config.save_pretrained(save_directory)
+        self.config.save_pretrained(save_directory)
         self.generation_config.save_pretrained(save_directory)
-        custom_object_save(self, save_directory)
+        with code_in_place(self, save_directory):
+            if self._auto_class is not None:
+                custom_object_save(self, save_directory)
+
+    def push_to_hub(self, repo_id, *args, materialise=False, **kwargs):
+        """
+        As in the stock class, but a linked variant stays linked, as in `save_pretrained`.
+
+        Raises:
+            ValueError: the link names a folder, where nobody else finds the weights.
+        """
+        if self._stays_linked(materialise):
+            self.config.check_link_for_others()
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        with unlinked(self.config):
+            return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def _stays_linked(self, materialise: bool) -> bool:
+        if self.config.weights_from is None or materialise:
+            return False
+        if not self._weights_are_linked():
+            logger.warning(
+                f"The weights are not those of weights_from={self.config.weights_from!r} any more, so they are saved in full "
+                "and the link is left out."
+            )
+            return False
+        return True
 
     def _weights_are_linked(self) -> bool:
         *link, samples = getattr(self, "_linked", (None, None, None))
