@@ -440,11 +440,13 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     def _check_context(self, tokens, past_key_values) -> None:
         """Refuses a prompt that is longer than what the language model was made for; single steps of decoding may go on."""
+        if tokens.shape[1] == 1:
+            return
         text = self.config.text_config
         rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
         limit = int(text.max_position_embeddings * (rope.get("factor") or 1))
         length = _cached_tokens(past_key_values) + tokens.shape[1]
-        if tokens.shape[1] > 1 and length > limit:
+        if length > limit:
             raise ValueError(
                 f"the prompt has {length} tokens, but the language model takes at most {limit}; shorten the question, sample "
                 "fewer frames, or lower keep_ratio."
@@ -795,8 +797,10 @@ def _cached_tokens(past_key_values) -> int:
 
 
 def _shift_of_cache(past_key_values) -> Optional[torch.LongTensor]:
-    """How far (B,) the text in a cache was moved by gaps; an emptied cache still has the mark of its former text."""
-    return getattr(past_key_values, "position_shift", None) if _cached_tokens(past_key_values) else None
+    """How far (B,) the text in a cache was moved by gaps: not at all where it was emptied, although the mark is left."""
+    shift = getattr(past_key_values, "position_shift", None)
+    # The length of a static cache is a tensor in 4.57, and compiled decoding must not branch on it.
+    return None if shift is None else shift * (past_key_values.get_seq_length() > 0)
 
 
 def _default_positions(position_ids, tokens, past_key_values) -> torch.LongTensor:

@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 from tiny import random_image, random_video, stock_twin, tiny_model, tiny_processor
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 IMAGE, VIDEO = 4, 5  # token ids
 NEW_TOKENS = 6
@@ -188,6 +188,18 @@ def test_embeddings_of_the_unfilled_prompt(model, inputs):
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     found = model.generate(inputs_embeds=embeds, **rest, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert torch.equal(found, new_tokens(model, inputs))
+
+
+def test_compiled_decoding_is_one_graph(model, inputs):
+    """Nothing in a step of decoding breaks the graph, so `fullgraph` passes; the backend does not matter for that."""
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True  # generate compiles by itself on accelerators alone
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    expected = new_tokens(model, inputs)
+    found = new_tokens(copy.deepcopy(model), inputs, cache_implementation="static", compile_config=config)
+    assert torch.equal(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_going_on_from_a_cache(model, inputs):
