@@ -174,6 +174,10 @@ def exports(script, cases) -> dict:
     return messages
 
 
+def without_network(script, cases, variant) -> dict:
+    return {**exports(script, cases), **load_errors({"linked": variant})}
+
+
 def load_errors(cases) -> dict:
     """For each name the error that loading a repository or folder ends in."""
     auto_class = transformers.AutoModelForImageTextToText

@@ -141,8 +141,9 @@ def test_bad_bases(base, tmp_path):
     }
     (tmp_path / "out").mkdir()
     for pieces, folder in cases.items():
-        message = refused(folder, "--output", tmp_path / "out" / "variant")
-        assert all(piece in message for piece in pieces), message
+        for weights in ("--copy", "--link"):
+            message = refused(folder, weights, "--output", tmp_path / "out" / "variant")
+            assert all(piece in message for piece in pieces), message
     assert leftovers(tmp_path / "out") == []
 
 

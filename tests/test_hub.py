@@ -39,7 +39,9 @@ def hub():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "tiny-stock")
+    folder = save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "tiny-stock")
+    (folder / "README.md").write_text("---\nlicense: llama2\n---\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,9 @@ def test_linked_variant_on_the_hub(hub, base, variant, tmp_path):
     assert "bit for bit" in stdout
     files = hub.repositories["me/linked"].commits[hub.repositories["me/linked"].branches["main"]]
     assert not any(name.endswith(".safetensors") for name in files)
+    card = files["README.md"].data.decode()
+    for piece in ("base_model: me/base", "license: llama2", commit, "25% of the visual tokens", "export.py me/base --link"):
+        assert piece in card
     config = json.loads(files["config.json"].data)
     assert (config["weights_from"], config["weights_revision"]) == ("me/base", commit)
     changed = {path.name: path.read_bytes() for path in base.iterdir()}
@@ -274,13 +279,18 @@ def test_export_refused_by_the_hub(hub, base, tmp_path):
     assert "me/name" not in hub.repositories and not (tmp_path / "x").exists()
 
 
-def test_export_without_a_network(base, tmp_path):
+def test_no_network(base, tmp_path):
     unreachable = type("Unreachable", (), {"url": "http://127.0.0.1:9"})
     cases = {
         "push": ("hf_me", [str(base), "--push-to-hub", "me/name"]),
         "base": ("hf_me", ["you/nowhere", "--output", str(tmp_path / "x")]),
     }
-    found = run_step("exports", unreachable, tmp_path, script=ROOT / "scripts" / "export.py", cases=cases)
+    export_here(base, "--link", "--output", tmp_path / "alone")
+    edit_config(tmp_path / "alone", weights_from="you/nowhere")
+    found = run_step(
+        "without_network", unreachable, tmp_path, script=ROOT / "scripts" / "export.py", cases=cases, variant=tmp_path / "alone"
+    )
+    assert "weights_from='you/nowhere'" in found["linked"] and "cannot be loaded" in found["linked"]
     assert "me/name" in found["push"] and "reachable" in found["push"]
     assert "you/nowhere" in found["base"] and "network" in found["base"] and not (tmp_path / "x").exists()
 
