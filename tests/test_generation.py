@@ -147,7 +147,8 @@ def test_scores_logits_states_and_attentions(inputs, block, mode):
         assert [tuple(attention.shape) for attention in attentions] == [(rows, 4, queries, keys)] * layers
         for name, values in (("hidden_states", states), ("attentions", attentions)):
             assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(values, theirs[name][step]))
-    assert ours.past_key_values.get_seq_length() == length + NEW_TOKENS - 1
+    for layer in ours.past_key_values.layers:
+        assert layer.keys.shape == layer.values.shape == (rows, 2, length + NEW_TOKENS - 1, 8)
 
 
 def test_without_media(model):
@@ -182,11 +183,13 @@ def test_no_cache(model, inputs, kwargs):
     assert torch.equal(new_tokens(model, inputs, use_cache=False, **kwargs), new_tokens(model, inputs, **kwargs))
 
 
-def test_embeddings_of_the_unfilled_prompt(model, inputs):
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_embeddings_of_the_unfilled_prompt(model, inputs, cache):
     """`inputs_embeds` with media: the placeholders are found by their embeddings."""
     rest = {key: value for key, value in inputs.items() if key != "input_ids"}
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    found = model.generate(inputs_embeds=embeds, **rest, max_new_tokens=NEW_TOKENS, do_sample=False)
+    kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "cache_implementation": cache}
+    found = model.generate(inputs_embeds=embeds, **rest, **kwargs)
     assert torch.equal(found, new_tokens(model, inputs))
 
 
@@ -244,6 +247,18 @@ def test_a_streamer_sees_every_token(model, single):
     sent, *tokens, end = collector.seen
     assert torch.equal(sent, single["input_ids"][0]) and end is None
     assert torch.equal(torch.cat(tokens), expected[0])
+
+
+@pytest.mark.parametrize("block", COMPACT, indirect=True)
+def test_a_cache_that_is_quantised(model, inputs):
+    """Its answers are others than plain ones, but those of the stock class."""
+    pytest.importorskip("optimum.quanto")
+    config = {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}
+    options = {"cache_implementation": "quantized", "cache_config": config}
+    expected = stock_twin(model).generate(
+        **pruned_prompt(model, inputs), **options, do_sample=False, max_new_tokens=NEW_TOKENS
+    )
+    assert torch.equal(new_tokens(model, inputs, **options), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="moves the cache between an accelerator and the CPU")
