@@ -251,8 +251,8 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
         """Raises ValueError where the link can be followed on this computer alone."""
         if self.weights_from is not None and names_folder(self.weights_from):
             raise ValueError(
-                f"the weights of this variant are in the folder weights_from={self.weights_from!r}, where nobody who loads it "
-                "from the Hub finds them: push it with model.push_to_hub(..., materialise=True), or set weights_from in its "
+                f"the weights of this variant are in the folder weights_from={self.weights_from!r}, where nobody who loads "
+                "it from the Hub finds them: push it with model.push_to_hub(..., materialise=True), or set weights_from in its "
                 "config.json to the Hub id of the base and load it again."
             )
 

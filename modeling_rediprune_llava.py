@@ -231,8 +231,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             return False
         if not self._weights_are_linked():
             logger.warning(
-                f"The weights are not those of weights_from={self.config.weights_from!r} any more, so they are saved in full "
-                "and the link is left out."
+                f"The weights are not those of weights_from={self.config.weights_from!r} any more, so they are saved in "
+                "full and the link is left out."
             )
             return False
         return True

@@ -419,6 +419,29 @@ def run_rows(case, names) -> dict:
     return results
 
 
+# What the test suite says beside the rows.
+NOTES = """
+## What the tests run
+
+- **Pipelines** (`tests/test_pipelines.py`): `image-text-to-text` on both lines with chats about images, videos, several media and
+  several chats, batches of prompts, and streaming (`generate_kwargs={"streamer": ...}`); `any-to-any` on 5.x, streaming, too. A keep
+  ratio for one call: `processor_kwargs={"keep_ratio": 0.3}` for chats on 5.x, `keep_ratio=0.3` outside of a chat on both; chat
+  pipelines of 4.57 pass nothing on to the processor, so there it is set for the pipeline, in `pipe.processor.pruning.keep_ratio`
+  and `pipe.model.config.pruning.keep_ratio`.
+- **A Hub** on loopback (`tests/test_hub.py`): pushed, loaded by id, pinned, private, gated, moved, offline, linked, broken off.
+  Set `OTHER_PYTHON` to an interpreter with the other line of transformers, and each loads what the other pushed.
+- **Generation** (`tests/test_generation.py`): greedy, sampled, beams, sampled beams, several sequences, assisted, prompt lookup, no
+  cache, dynamic, static and quantised (with quanto) caches, one compiled graph, going on from a cache, embeddings as a prompt, left
+  padding, streamers, and the shapes and values of scores, logits, states and attentions; offloaded caches on a GPU alone. The
+  reference is the stock class, which is handed the pruned prompt as embeddings. Contrastive search, group beams, constrained beams
+  and DoLa are not run: transformers loads their code from the Hub.
+- **transformers' own tests** (`tests/test_transformers_suite.py`): `ModelTesterMixin` and `ConfigTester`, from the source archive
+  on PyPI. `GenerationTesterMixin` is not in that archive and was not run; the tests of generation above take its place.
+- **Serving engines**: the processor tells how many placeholders an image or video takes (`_get_num_multimodal_tokens`), which the
+  tests compare with real prompts. No engine but `transformers serve` was run.
+"""
+
+
 def as_table(record: dict) -> str:
     versions = sorted(record)
     lines = ["# What works with which version", "", "Measured by `scripts/check_ecosystem.py` on the CPU.", ""]
@@ -434,7 +457,7 @@ def as_table(record: dict) -> str:
     for version in versions:
         packages = ", ".join(f"{key} {value}" for key, value in record[version]["packages"].items())
         lines.append(f"transformers {version}: {packages}; {record[version]['environment']['date']}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + NOTES
 
 
 def package_versions() -> dict:

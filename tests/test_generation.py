@@ -1,5 +1,5 @@
 """Every way to generate: at ratio 1 what the stock class gives, pruned what a stock class gives that is handed the pruned
-prompt as embeddings. Takes the place of transformers' `GenerationTesterMixin`, which is in no archive of its releases.
+prompt as embeddings. Takes the place of transformers' `GenerationTesterMixin`, which the source archive on PyPI lacks.
 
 Left out, as transformers itself has them no more and loads their code from the Hub: contrastive search, group beam search,
 constrained beam search, DoLa.

@@ -287,9 +287,8 @@ def test_no_network(base, tmp_path):
     }
     export_here(base, "--link", "--output", tmp_path / "alone")
     edit_config(tmp_path / "alone", weights_from="you/nowhere")
-    found = run_step(
-        "without_network", unreachable, tmp_path, script=ROOT / "scripts" / "export.py", cases=cases, variant=tmp_path / "alone"
-    )
+    script = ROOT / "scripts" / "export.py"
+    found = run_step("without_network", unreachable, tmp_path, script=script, cases=cases, variant=tmp_path / "alone")
     assert "weights_from='you/nowhere'" in found["linked"] and "cannot be loaded" in found["linked"]
     assert "me/name" in found["push"] and "reachable" in found["push"]
     assert "you/nowhere" in found["base"] and "network" in found["base"] and not (tmp_path / "x").exists()
