@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 from transformers import LlavaNextVideoConfig
 
 from .methods_rediprune import METHODS
+from .portability_rediprune import code_in_place
 from .relevance_rediprune import RELEVANCES
 from .selection_rediprune import CANDIDATE_POOLS, QUERY_WEIGHTINGS
 
@@ -259,6 +260,29 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
         if overrides is not None:
             config_dict = {**config_dict, "pruning": overrides}
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        with code_in_place(self, save_directory):
+            return super().save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id, *args, **kwargs):
+        """
+        As in the stock class.
+
+        Raises:
+            ValueError: `weights_from` names a folder.
+        """
+        self.check_link_for_others()
+        return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def check_link_for_others(self) -> None:
+        """Raises ValueError where the link can be followed on this computer alone."""
+        if self.weights_from is not None and names_folder(self.weights_from):
+            raise ValueError(
+                f"the weights of this variant are in the folder weights_from={self.weights_from!r}, where nobody who loads "
+                "it from the Hub finds them: push it with model.push_to_hub(..., materialise=True), or set weights_from in its "
+                "config.json to the Hub id of the base and load it again."
+            )
 
     def to_dict(self):
         output = super().to_dict()

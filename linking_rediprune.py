@@ -92,6 +92,17 @@ def check_base(base: str, hub: dict) -> None:
 
 
 @contextmanager
+def unlinked(config):
+    """Takes the link out of the config inside, for what is saved with weights of its own."""
+    link = config.weights_from, config.weights_revision
+    config.weights_from = config.weights_revision = None
+    try:
+        yield
+    finally:
+        config.weights_from, config.weights_revision = link
+
+
+@contextmanager
 def explained(config, variant):
     """Says of an OSError inside that it is about the base of a linked variant."""
     try:

@@ -1,5 +1,6 @@
 """LLaVA-NeXT-Video whose visual tokens are pruned between the vision encoder and the projector."""
 
+import contextlib
 import functools
 import itertools
 import os
@@ -35,10 +36,12 @@ from .linking_rediprune import (
     own_generation_config,
     same_weights,
     sample_weights,
+    unlinked,
 )
 from .method_base_rediprune import VisualTokens
 from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS
+from .portability_rediprune import code_in_place
 from .positions_rediprune import image_offsets, pooled_places, position_gaps, video_offsets
 from .relevance_rediprune import (
     attention_relevance,
@@ -208,29 +211,44 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             materialise (`bool`, defaults to `False`): write the weights of a linked variant, and no link. Happens by itself,
                 with a warning, when they are no longer those of the base, as after training.
         """
-        config = self.config
-        if config.weights_from is None or getattr(self, "_hf_peft_config_loaded", False):  # adapters alone are saved
-            return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
-        if not materialise and not self._weights_are_linked():
-            materialise = True
-            logger.warning(
-                f"The weights are not those of weights_from={config.weights_from!r} any more, so they are saved in full and "
-                "the link is left out."
-            )
-        if materialise:
-            link = config.weights_from, config.weights_revision
-            config.weights_from = config.weights_revision = None
-            try:
+        adapters_alone = getattr(self, "_hf_peft_config_loaded", False)
+        if adapters_alone or not self._stays_linked(materialise):
+            link = contextlib.nullcontext() if adapters_alone else unlinked(self.config)
+            with link, code_in_place(self, save_directory):
                 return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
-            finally:
-                config.weights_from, config.weights_revision = link
         if push_to_hub:
             hub_keys = ("commit_message", "private", "token", "create_pr", "revision")
             hub = {key: kwargs[key] for key in hub_keys if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or os.path.basename(os.path.abspath(save_directory)), **hub)
-        config.save_pretrained(save_directory)
+        self.config.save_pretrained(save_directory)
         self.generation_config.save_pretrained(save_directory)
-        custom_object_save(self, save_directory)
+        with code_in_place(self, save_directory):
+            if self._auto_class is not None:
+                custom_object_save(self, save_directory)
+
+    def push_to_hub(self, repo_id, *args, materialise=False, **kwargs):
+        """
+        As in the stock class, but a linked variant stays linked, as in `save_pretrained`.
+
+        Raises:
+            ValueError: the link names a folder, where nobody else finds the weights.
+        """
+        if self._stays_linked(materialise):
+            self.config.check_link_for_others()
+            return super().push_to_hub(repo_id, *args, **kwargs)
+        with unlinked(self.config):
+            return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def _stays_linked(self, materialise: bool) -> bool:
+        if self.config.weights_from is None or materialise:
+            return False
+        if not self._weights_are_linked():
+            logger.warning(
+                f"The weights are not those of weights_from={self.config.weights_from!r} any more, so they are saved in "
+                "full and the link is left out."
+            )
+            return False
+        return True
 
     def _weights_are_linked(self) -> bool:
         *link, samples = getattr(self, "_linked", (None, None, None))
@@ -389,12 +407,18 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **media_inputs, **kwargs
         )
+        new_tokens = {key: model_inputs.get(key) for key in ("input_ids", "inputs_embeds")}
+        query_mask = kwargs.get("query_mask")
+        if query_mask is not None:
+            # Without a cache, and where an assistant proposes an answer, there are tokens after the question.
+            appended = max(0, input_ids.shape[1] - query_mask.shape[1])
+            num_tokens = next(tokens.shape[1] for tokens in new_tokens.values() if tokens is not None)
+            model_inputs["query_mask"] = F.pad(query_mask, (0, appended))[:, -num_tokens:]
         if _cached_tokens(past_key_values):
             # The first pass over a reused cache takes the media of the new tokens, a decoding step takes none.
-            new_tokens = {key: model_inputs.get(key) for key in ("input_ids", "inputs_embeds")}
             masks = self._placeholder_masks(**new_tokens).values()
             has_media = any(mask.shape[1] > 1 and mask.any() for mask in masks)
-            model_inputs.update(media_inputs if has_media else dict.fromkeys(media_inputs))
+            model_inputs.update(media_inputs if has_media else dict.fromkeys([*media_inputs, "query_mask"]))
         return model_inputs
 
     def _expand_inputs_for_generation(
@@ -415,6 +439,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 group = [medium for medium in media if medium.kind == kind]
                 indices += [index for index, medium in enumerate(group) if medium.row == row] * expand_size
         take = lambda tensor, kind: tensor[order[kind]] if tensor is not None and order[kind] else None  # noqa: E731
+        if media and kwargs.get("query_mask") is None:
+            # Covers the prompt alone: what will be generated after it is no part of the question.
+            kwargs["query_mask"] = torch.ones_like(masks["image"])
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
@@ -422,17 +449,6 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         kwargs["pixel_values_videos"] = take(pixel_values_videos, "video")
         kwargs["image_sizes"] = take(image_sizes, "image")
         return input_ids, kwargs
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        # Without a cache every step sees the media again: what was generated must not become part of the question.
-        if not model_kwargs.get("use_cache", True):
-            mask = model_kwargs.get("query_mask")
-            if mask is None:
-                prompt = model_kwargs.get("attention_mask")
-                prompt = model_kwargs["position_ids"] if prompt is None else prompt  # 5.x drops a mask of ones
-                mask = outputs.logits.new_ones(len(outputs.logits), prompt.shape[-1], dtype=torch.bool)
-            model_kwargs["query_mask"] = torch.cat([mask, mask.new_zeros(mask.shape[0], 1)], dim=1)
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     # -- what the media of a prompt are -------------------------------------------------------------------------------
 
@@ -460,11 +476,13 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     def _check_context(self, tokens, past_key_values) -> None:
         """Refuses a prompt that is longer than what the language model was made for; single steps of decoding may go on."""
+        if tokens.shape[1] == 1:
+            return
         text = self.config.text_config
         rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
         limit = int(text.max_position_embeddings * (rope.get("factor") or 1))
         length = _cached_tokens(past_key_values) + tokens.shape[1]
-        if tokens.shape[1] > 1 and length > limit:
+        if length > limit:
             raise ValueError(
                 f"the prompt has {length} tokens, but the language model takes at most {limit}; shorten the question, sample "
                 "fewer frames, or lower keep_ratio."
@@ -844,8 +862,10 @@ def _cached_tokens(past_key_values) -> int:
 
 def _of_cache(past_key_values, mark: str) -> Optional[torch.Tensor]:
     """What a cache carries beside keys and values: `"position_shift"` (B,), how far its text was moved by gaps, and
-    `"attention_bias"` (B, n), log sizes of its first tokens. An emptied cache still has the marks of its former text."""
-    return getattr(past_key_values, mark, None) if _cached_tokens(past_key_values) else None
+    `"attention_bias"` (B, n), log sizes of its first tokens. All zero where it was emptied, although the mark is left."""
+    found = getattr(past_key_values, mark, None)
+    # The length of a static cache is a tensor in 4.57, and compiled decoding must not branch on it.
+    return None if found is None else found * (past_key_values.get_seq_length() > 0)
 
 
 def _default_positions(position_ids, tokens, past_key_values) -> torch.LongTensor:

@@ -1,8 +1,10 @@
-"""Processor files that transformers 4.57 and 5.x both read, whichever of the two wrote them."""
+"""What is saved, in files that transformers 4.57 and 5.x both read, whichever of the two wrote them."""
 
 import json
 import os
+import sys
 import tempfile
+from contextlib import contextmanager
 
 PARTS = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
 PROCESSOR_FILE = "processor_config.json"
@@ -48,6 +50,25 @@ def portable_tokenizer(values: dict) -> dict:
     values.pop("backend", None)
     values.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4.57 adds token_type_ids otherwise
     return values
+
+
+@contextmanager
+def code_in_place(saved, folder):
+    """
+    Leaves the code files alone inside, where `saved.save_pretrained(folder)` would copy them onto themselves.
+
+    They are there already when the classes were imported from the folder itself and not through the Auto classes, which
+    import a copy.
+    """
+    cls = type(saved)
+    code = os.path.dirname(os.path.abspath(sys.modules[cls.__module__].__file__))
+    auto_class = cls._auto_class
+    if os.path.isdir(folder) and os.path.samefile(code, folder):
+        cls._auto_class = None
+    try:
+        yield
+    finally:
+        cls._auto_class = auto_class
 
 
 def read_json(path) -> dict:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from transformers import BatchFeature, LlavaNextVideoProcessor
 from transformers.image_utils import is_pil_image, load_image, make_flat_list_of_images, to_numpy_array
-from transformers.processing_utils import ProcessingKwargs
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.video_utils import make_batched_metadata, make_batched_videos
 
 from .configuration_rediprune import AUTO_MAP, PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import image_grids, num_placeholders, video_grids
-from .portability_rediprune import make_portable
+from .portability_rediprune import code_in_place, make_portable
 from .video_rediprune import frame_indices, read_video
 
 if TYPE_CHECKING:
@@ -103,6 +103,12 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         processor.spatial_pool_stride = config.spatial_pool_stride
         return processor
 
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, *args, **kwargs):
+        # Without a config, AutoTokenizer of 5.x asks whether the code of the config may run: it is running already.
+        kwargs.setdefault("config", ReDiPruneConfig())
+        return super()._load_tokenizer_from_pretrained(*args, **kwargs)
+
     def to_dict(self, *args, **kwargs):
         output = super().to_dict(*args, **kwargs)
         for key in ("pruning", "spatial_pool_stride"):
@@ -114,7 +120,8 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         if push_to_hub:  # comes back here with a temporary folder
             self.push_to_hub(kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory)), **kwargs)
             kwargs = {}
-        files = super().save_pretrained(save_directory, **kwargs)
+        with code_in_place(self, save_directory):
+            files = super().save_pretrained(save_directory, **kwargs)
         make_portable(save_directory, type(self).__name__, {"AutoProcessor": AUTO_MAP["AutoProcessor"]})
         return files
 
@@ -171,6 +178,29 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         side = height // self.patch_size
         grids = video_grids(num_frames, side, self.pruning.pooling, self.spatial_pool_stride)
         return self.video_token * num_placeholders(grids, self.pruning, newlines=False)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, keep_ratio=None, **kwargs) -> MultiModalData:
+        """
+        How many placeholders media of these sizes take: what serving engines ask before they see a medium.
+
+        Args:
+            image_sizes: (height, width) of each image.
+            video_sizes: (sampled frames, height, width) of each video; frames are cropped to one size, so only the first
+                counts.
+            keep_ratio (`float`, *optional*): as in `__call__`.
+        """
+        pruning, numbers = self.pruning.with_keep_ratio(keep_ratio), {}
+        if image_sizes is not None:
+            tile_size = (kwargs.get("crop_size") or self.image_processor.crop_size)["height"]
+            pinpoints, side = self.image_processor.image_grid_pinpoints, tile_size // self.patch_size
+            grids = [image_grids(size, pinpoints, tile_size, side) for size in image_sizes]
+            numbers["num_image_tokens"] = [num_placeholders(each, pruning, newlines=True) for each in grids]
+            numbers["num_image_patches"] = [1] * len(grids)  # all views of an image are one entry of `pixel_values`
+        if video_sizes is not None:
+            side = self.video_processor.crop_size["height"] // self.patch_size
+            grids = [video_grids(size[0], side, pruning.pooling, self.spatial_pool_stride) for size in video_sizes]
+            numbers["num_video_tokens"] = [num_placeholders(each, pruning, newlines=False) for each in grids]
+        return MultiModalData(**numbers)
 
     def _process(self, images, text, videos, kwargs) -> BatchFeature:
         if hasattr(super(), "_process_videos"):

@@ -459,7 +459,8 @@ def export(args) -> None:
     needs_weights = not args.link or not (args.no_check or args.dry_run)
     base_folder, commit = fetch_base(args.base, args.base_revision, weights=needs_weights and not args.dry_run)
     read_config(base_folder)
-    weights = [] if args.link or args.dry_run and commit is not None else list_weights(base_folder)
+    # Those of a folder are looked at even if they are only linked or nothing is written.
+    weights = list_weights(base_folder) if commit is None or needs_weights and not args.dry_run else []
     link = {}
     if args.link:
         link = {"weights_from": args.base if commit else str(base_folder.resolve()), "weights_revision": commit}
@@ -469,13 +470,14 @@ def export(args) -> None:
         config = portability.read_json(folder / "config.json")
         write_card(folder, name, args.base, base_folder, config, command_line())
         if args.dry_run:
-            sizes = {file: (base_folder / file).stat().st_size for file in weights}
+            sizes = {} if args.link else {file: (base_folder / file).stat().st_size for file in weights}
             print(f"would write to {' and '.join(str(place) for place in (args.output, args.push_to_hub) if place)}:")
             print(list_files(folder, sizes))
             if not args.link and commit is not None:
                 print("and the weights of the base")
             return
-        copy_weights(base_folder, folder, weights)
+        if not args.link:
+            copy_weights(base_folder, folder, weights)
         if not args.no_check:
             check_result(folder, base_folder)
         print(list_files(folder, {}))

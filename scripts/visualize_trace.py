@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from media import chat_prompt, process
 from overlay import to_pictures, untile
+from repository import code_module
 
 # What a method may look at, beside the features themselves, and how a caption calls it; of several the first is shown.
 LOOKS = {
@@ -193,7 +194,7 @@ def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, 
         setting=setting,
         pruning=pruning.to_dict(),
         grids=[(grid.height, grid.width) for _, grid in grids],
-        joint=pruning.with_keep_ratio(ratios[0]).joint,
+        joint=code_module("geometry_rediprune").taken_jointly(media[0].grids, pruning.with_keep_ratio(ratios[0])),
         medium_of=[number for number, _ in grids],
         ratios=list(ratios),
         counts=np.array(counts),

@@ -108,9 +108,10 @@ def load_by_id(repo, first) -> dict:
 
 
 def download(repo, folder) -> dict:
+    """Into a folder, and into the cache."""
     from huggingface_hub import snapshot_download
 
-    return {"folder": snapshot_download(repo, local_dir=folder)}
+    return {"folder": snapshot_download(repo, local_dir=folder), "seen": fingerprint(*load(repo))}
 
 
 def load_offline(repo, folder) -> dict:
@@ -118,13 +119,63 @@ def load_offline(repo, folder) -> dict:
     return {"cached": fingerprint(*load(repo)), "snapshot": fingerprint(*load(folder))}
 
 
-def broken_push(repo) -> dict:
-    """Pushes a change that does not arrive."""
-    model, _ = load(repo)
+def broken_pushes(repo) -> dict:
+    """Pushes other weights, then another config, none of which arrives."""
+    import time
+
+    time.sleep = lambda seconds: None  # the client waits between its attempts
+    model, processor = load(repo)
+    before = fingerprint(model, processor)
     model.config.pruning.keep_ratio = 0.9
+    config = fails(model.config.push_to_hub, repo)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    return {"error": fails(model.push_to_hub, repo)}
+    weights = fails(model.push_to_hub, repo)
+    return {"weights": weights, "config": config, "before": before, "after": fingerprint(*load(repo))}
+
+
+def push_folder_link(folder, repo) -> dict:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    model, processor = load(folder)
+    result = {"loaded": fingerprint(model, processor), "linked": fails(model.push_to_hub, repo)}
+    result["on the Hub before"] = api.repo_exists(repo)
+    model.push_to_hub(repo, materialise=True)
+    processor.push_to_hub(repo)
+    again, processor = load(repo)
+    return {
+        **result,
+        "files": sorted(api.list_repo_files(repo)),
+        "weights_from": again.config.weights_from,
+        "again": fingerprint(again, processor),
+    }
+
+
+def exports(script, cases) -> dict:
+    """For each name what the export command says when it ends; a case is a token (or none) and the arguments."""
+    import contextlib
+    import io
+    import runpy
+
+    messages = {}
+    sys.path.insert(0, os.path.dirname(script))
+    for name, (token, arguments) in cases.items():
+        os.environ.pop("HF_TOKEN", None)
+        if token is not None:
+            os.environ["HF_TOKEN"] = token
+        sys.argv = [script, *arguments, "--no-check"]
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            try:
+                runpy.run_path(script, run_name="__main__")
+                messages[name] = "no error"
+            except SystemExit as error:
+                messages[name] = f"{error.code} {stderr.getvalue()}"
+    return messages
+
+
+def without_network(script, cases, variant) -> dict:
+    return {**exports(script, cases), **load_errors({"linked": variant})}
 
 
 def load_errors(cases) -> dict:

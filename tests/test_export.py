@@ -141,8 +141,9 @@ def test_bad_bases(base, tmp_path):
     }
     (tmp_path / "out").mkdir()
     for pieces, folder in cases.items():
-        message = refused(folder, "--output", tmp_path / "out" / "variant")
-        assert all(piece in message for piece in pieces), message
+        for weights in ("--copy", "--link"):
+            message = refused(folder, weights, "--output", tmp_path / "out" / "variant")
+            assert all(piece in message for piece in pieces), message
     assert leftovers(tmp_path / "out") == []
 
 
@@ -220,3 +221,27 @@ def test_variant_answers_like_its_base_and_prunes(base, tmp_path):
         pruned = processor(text="<video> what colour ?", videos=[random_video()])
         assert (pruned["input_ids"] == model.config.video_token_id).sum() == 4 * POOLED // 4
         model(**pruned)
+
+
+def test_a_link_to_a_folder_is_not_pushed(base, tmp_path):
+    """Nobody else would find the weights. Together with them the push goes on to the Hub."""
+    from rediprune.configuration_rediprune import ReDiPruneConfig
+    from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration
+
+    shutil.copytree(base, tmp_path / "base")
+    run(tmp_path / "base", "--link", "--output", tmp_path / "linked")
+    config = json.loads((tmp_path / "linked" / "config.json").read_text())
+    (tmp_path / "linked" / "config.json").write_text(json.dumps({**config, "weights_from": "../base"}))
+    model = ReDiPruneLlavaNextVideoForConditionalGeneration.from_pretrained(tmp_path / "linked")
+    for push in (
+        lambda: model.push_to_hub("me/name"),
+        lambda: model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/name"),
+        lambda: ReDiPruneConfig.from_pretrained(tmp_path / "linked").push_to_hub("me/name"),
+        lambda: model.config.push_to_hub("me/name"),
+    ):
+        with pytest.raises(ValueError, match="nobody who loads it from the Hub.*materialise=True.*Hub id"):
+            push()
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(Exception, match="(?i)offline|connect"):  # past that check, with no Hub in this test
+        model.push_to_hub("me/name", materialise=True)
+    assert model.config.weights_from == str(tmp_path / "base")

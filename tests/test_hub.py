@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export
 import pytest
 from hub_server import Hub
 from tiny import save_stock_checkpoint
@@ -38,14 +39,21 @@ def hub():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "tiny-stock")
+    folder = save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "tiny-stock")
+    (folder / "README.md").write_text("---\nlicense: llama2\n---\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def variant(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "tiny-variant"
-    run_export(base, "--keep-ratio", 0.25, "--output", folder)
+    export_here(base, "--keep-ratio", 0.25, "--output", folder)
     return folder
+
+
+def export_here(*arguments):
+    """In this process, where no Hub is needed."""
+    export.export(export.parse_arguments([*map(str, arguments), "--no-check"]))
 
 
 def environment(hub=None, home=None, token="hf_me", offline=False):
@@ -69,12 +77,12 @@ def run_step(step, hub, home, python=sys.executable, token="hf_me", offline=Fals
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def run_export(*arguments, hub=None, home=None, token="hf_me", check=False, expect=0):
+def run_export(*arguments, hub, home, check=False):
     command = [sys.executable, str(ROOT / "scripts" / "export.py"), *map(str, arguments)]
     command += [] if check else ["--no-check"]
-    result = subprocess.run(command, env=environment(hub, home, token), capture_output=True, text=True)
-    assert result.returncode == expect, result.stderr[-3000:]
-    return result.stdout if expect == 0 else result.stderr
+    result = subprocess.run(command, env=environment(hub, home), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def assert_same(found, expected, keep_ratio=None):
@@ -124,21 +132,23 @@ def test_this_line_loads_what_the_other_one_pushed(hub, variant, tmp_path):
 def test_offline_after_a_download(hub, pushed, tmp_path):
     home, folder = tmp_path / "home", tmp_path / "tiny-snapshot"
     run_step("download", hub, home, repo="me/tiny", folder=folder)
-    run_step("linked_offline", hub, home, repo="me/tiny")  # fills the cache
     found = run_step("load_offline", hub, home, offline=True, repo="me/tiny", folder=folder)
     assert_same(found["cached"], found["snapshot"])
 
 
-@pytest.mark.parametrize("where", [r"PUT /lfs/", r"POST .*/commit/"])
-def test_an_upload_broken_off_leaves_the_old_revision(hub, pushed, tmp_path, where):
+def test_an_upload_broken_off_leaves_the_old_revision(hub, pushed, tmp_path):
     before = hub.repositories["me/tiny"].branches["main"]
-    hub.broken = where
+    hub.broken = r"PUT /lfs/|POST .*/commit/"
+    start = len(hub.requests)
     try:
-        found = run_step("broken_push", hub, tmp_path, repo="me/tiny")
+        found = run_step("broken_pushes", hub, tmp_path, repo="me/tiny")
     finally:
         hub.broken = None
-    assert found["error"] != "no error"
+    assert "no error" not in found.values()
+    methods = {method for method, path in hub.requests[start:] if method == "PUT" or "/commit/" in path}
+    assert methods == {"PUT", "POST"}  # one broken off while the weights go up, one at the commit
     assert hub.repositories["me/tiny"].branches["main"] == before
+    assert found["after"]["logits"] == found["before"]["logits"]
 
 
 def add_folder(hub, name, folder, **kwargs):
@@ -153,6 +163,9 @@ def test_linked_variant_on_the_hub(hub, base, variant, tmp_path):
     assert "bit for bit" in stdout
     files = hub.repositories["me/linked"].commits[hub.repositories["me/linked"].branches["main"]]
     assert not any(name.endswith(".safetensors") for name in files)
+    card = files["README.md"].data.decode()
+    for piece in ("base_model: me/base", "license: llama2", commit, "25% of the visual tokens", "export.py me/base --link"):
+        assert piece in card
     config = json.loads(files["config.json"].data)
     assert (config["weights_from"], config["weights_revision"]) == ("me/base", commit)
     changed = {path.name: path.read_bytes() for path in base.iterdir()}
@@ -172,7 +185,7 @@ def test_linked_variant_on_the_hub(hub, base, variant, tmp_path):
 
 def test_linked_to_a_folder(base, variant, tmp_path):
     shutil.copytree(base, tmp_path / "base")
-    run_export(tmp_path / "base", "--link", "--keep-ratio", 0.25, "--output", tmp_path / "tiny-linked")
+    export_here(tmp_path / "base", "--link", "--keep-ratio", 0.25, "--output", tmp_path / "tiny-linked")
     edit_config(tmp_path / "tiny-linked", weights_from="../base")
     found = run_step("linked", None, tmp_path / "home", repo=tmp_path / "tiny-linked", folder=tmp_path)
     assert found["weights_from"] == str(tmp_path / "base")
@@ -230,7 +243,7 @@ def test_what_cannot_be_loaded_says_why(hub, base, variant, tmp_path):
 
 
 def test_sizes_of_copy_and_link(base, variant, tmp_path):
-    run_export(base, "--link", "--output", tmp_path / "linked")
+    export_here(base, "--link", "--output", tmp_path / "linked")
     size = lambda folder: sum(path.stat().st_size for path in folder.iterdir())  # noqa: E731
     print(f"--copy: {size(variant)} bytes, --link: {size(tmp_path / 'linked')} bytes")
     assert size(variant) - size(tmp_path / "linked") > 0.9 * (base / "model.safetensors").stat().st_size
@@ -247,17 +260,44 @@ def test_export_pushes_to_a_branch(hub, base, tmp_path):
 
 
 def test_export_refused_by_the_hub(hub, base, tmp_path):
-    def refuse(*arguments, token="hf_me", hub=hub):
-        return run_export(base, "--push-to-hub", *arguments, hub=hub, home=tmp_path, token=token, expect=1)
+    to = [str(base), "--push-to-hub"]
+    output = ["--output", str(tmp_path / "x")]
+    cases = {
+        "reader": ("hf_reader", [*to, "me/name"]),
+        "somebody else's": ("hf_me", [*to, "somebody/name"]),
+        "no token": (None, [*to, "me/name"]),
+        "no namespace": ("hf_me", [*to, "name"]),
+        "no such base": ("hf_me", ["you/nowhere", *output]),
+        "gated base": ("hf_me", ["you/gated-base", *output]),
+    }
+    add_folder(hub, "you/gated-base", base, gated=True)
+    found = run_step("exports", hub, tmp_path, script=ROOT / "scripts" / "export.py", cases=cases)
+    assert "token that may write" in found["reader"] and "cannot be written" in found["somebody else's"]
+    assert "token" in found["no token"] and "NAMESPACE/NAME" in found["no namespace"]
+    assert "no such repository" in found["no such base"]
+    assert "you/gated-base is gated" in found["gated base"] and "hf auth login" in found["gated base"]
+    assert "me/name" not in hub.repositories and not (tmp_path / "x").exists()
 
-    assert "token that may write" in refuse("me/name", token="hf_reader")
-    assert "cannot be written" in refuse("somebody/name")
-    assert "token" in refuse("me/name", token=None)
-    assert "me/name" not in hub.repositories
-    assert "NAMESPACE/NAME" in run_export(base, "--push-to-hub", "name", hub=hub, home=tmp_path, expect=2)
+
+def test_no_network(base, tmp_path):
     unreachable = type("Unreachable", (), {"url": "http://127.0.0.1:9"})
-    assert "reachable" in refuse("me/name", hub=unreachable)
-    message = run_export("you/nowhere", "--output", tmp_path / "x", hub=unreachable, home=tmp_path, expect=1)
-    assert "you/nowhere" in message and "network" in message
-    message = run_export("you/nowhere", "--output", tmp_path / "x", hub=hub, home=tmp_path, expect=1)
-    assert "no such repository" in message and not (tmp_path / "x").exists()
+    cases = {
+        "push": ("hf_me", [str(base), "--push-to-hub", "me/name"]),
+        "base": ("hf_me", ["you/nowhere", "--output", str(tmp_path / "x")]),
+    }
+    export_here(base, "--link", "--output", tmp_path / "alone")
+    edit_config(tmp_path / "alone", weights_from="you/nowhere")
+    script = ROOT / "scripts" / "export.py"
+    found = run_step("without_network", unreachable, tmp_path, script=script, cases=cases, variant=tmp_path / "alone")
+    assert "weights_from='you/nowhere'" in found["linked"] and "cannot be loaded" in found["linked"]
+    assert "me/name" in found["push"] and "reachable" in found["push"]
+    assert "you/nowhere" in found["base"] and "network" in found["base"] and not (tmp_path / "x").exists()
+
+
+def test_linked_to_a_folder_goes_to_the_hub_with_its_weights_alone(hub, base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    export_here(tmp_path / "base", "--link", "--keep-ratio", 0.25, "--output", tmp_path / "folder-linked")
+    found = run_step("push_folder_link", hub, tmp_path / "home", folder=tmp_path / "folder-linked", repo="me/from-folder")
+    assert "materialise=True" in found["linked"] and found["on the Hub before"] is False
+    assert "model.safetensors" in found["files"] and found["weights_from"] is None
+    assert_same(found["again"], found["loaded"])

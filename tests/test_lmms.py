@@ -187,14 +187,14 @@ def test_lmms_eval_gets_the_answers_of_evaluate(monkeypatch, tmp_path, task):
 
 def test_the_plugin_takes_ratio_method_and_frames(monkeypatch, tmp_path, task):
     pytest.importorskip("lmms_eval")
-    arguments = ["--batch", "1", "--ratios", "0.25", "--settings", "divprune_frame,positions=original"]
+    arguments = ["--batch", "1", "--ratios", "0.25", "--settings", "divprune,scope=frame,positions=original"]
     expected = evaluate(monkeypatch, tmp_path / "plugin", *arguments)
-    model_args = f"pretrained={ROOT},keep_ratio=0.25,method=divprune_frame,positions=original,dtype=float32"
+    model_args = f"pretrained={ROOT},keep_ratio=0.25,method=divprune,scope=frame,positions=original,dtype=float32"
     model_args += f",num_frames=8,revision=main,times={tmp_path / 'times' / 'times.json'}"
     assert lmms_eval(tmp_path, task, "rediprune", model_args, installed_plugin(tmp_path)) == expected
     times = json.loads((tmp_path / "times" / "times.json").read_text())
     assert times["requests"] == len(times["batches"]) == len(expected)
-    assert times["visual_tokens_per_request"] == 8 * 9 and times["pruning"]["method"] == "divprune_frame"
+    assert times["visual_tokens_per_request"] == 8 * 9 and times["pruning"]["scope"] == "frame"
 
 
 def test_the_installed_package_knows_the_tasks_and_metrics():

@@ -1,9 +1,11 @@
 """Saving and loading: every way in which weights are named in files, and no way in which they get lost silently."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -255,6 +257,40 @@ def test_saving_copies_the_code_and_names_it(model, tmp_path):
             "AutoModelForVision2Seq",
             "AutoModelForMultimodalLM",
         )
+
+
+def test_saving_into_the_folder_of_the_code(model, inputs, logits, tmp_path):
+    """The classes of a clone, imported from it, save into the clone: its files are written anew and none is lost."""
+    folder = tmp_path / "clone"
+    model.save_pretrained(folder)
+    tiny_processor(keep_ratio=0.3).save_pretrained(folder)
+    code = {path.name: path.read_text() for path in folder.glob("*.py")}
+    names = {path.name for path in folder.iterdir()}
+    package = types.ModuleType("clone_of_the_repository")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    try:
+        classes = [
+            getattr(importlib.import_module(f"{package.__name__}.{file}"), name)
+            for file, name in (AUTO_MAP[key].split(".") for key in ("AutoModel", "AutoProcessor", "AutoConfig"))
+        ]
+        for cls in classes:
+            cls.from_pretrained(folder).save_pretrained(folder)
+            assert cls._auto_class is not None
+    finally:
+        for name in [name for name in sys.modules if name.startswith(package.__name__)]:
+            del sys.modules[name]
+    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name: path.read_text() for path in folder.glob("*.py")} == code
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert_same(Model.from_pretrained(folder), inputs, logits)
+
+
+def test_the_processor_of_a_folder_loads_without_a_question(folder, capfd):
+    """Whoever has the class has let its code run already."""
+    tiny_processor().save_pretrained(folder)
+    assert isinstance(ReDiPruneProcessor.from_pretrained(folder), ReDiPruneProcessor)
+    assert "custom code" not in capfd.readouterr().out
 
 
 def test_a_prefix_of_another_repository_is_not_saved(tmp_path):

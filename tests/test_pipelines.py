@@ -88,15 +88,20 @@ def test_batch_of_prompts(pipe):
     assert [output["generated_text"] for output in outputs] == alone
 
 
-def test_streaming(pipe, media):
+@pytest.mark.parametrize("name", ["image0", "clip"])
+def test_streaming(pipe, media, name):
+    assert_streams(pipe, chat(media[name]))
+
+
+def assert_streams(pipe, messages):
     class Collector(TextStreamer):
         def on_finalized_text(self, text, stream_end=False):
             pieces.append(text)
 
-    pieces, messages = [], chat(media["image0"])
+    pieces = []
     streamer = Collector(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = ask(pipe, messages, generate_kwargs={"streamer": streamer})
-    assert "".join(pieces).split() == answer.split()
+    assert len(pieces) > 1 and "".join(pieces).split() == answer.split()
 
 
 def test_a_ratio_for_one_call_outside_of_a_chat(pipe):
@@ -149,6 +154,7 @@ def test_any_to_any(folder, pipe, media, name):
     answer = pipeline("any-to-any", model=folder, trust_remote_code=True, device="cpu")
     messages = chat(media[name])
     assert ask(answer, messages).strip() == generate(pipe, messages).strip()
+    assert_streams(answer, messages)
 
 
 def test_processor_of_the_pipeline_is_ours(pipe, folder):

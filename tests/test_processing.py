@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rediprune.configuration_rediprune import PruningConfig
 from rediprune.geometry_rediprune import image_grids, num_placeholders, video_grids
+from rediprune.methods_rediprune import METHODS
 from rediprune.processing_rediprune import ReDiPruneProcessor
 from tiny import (
     IMAGE_SIZE,
@@ -186,6 +187,28 @@ def test_the_model_accepts_every_count(size, pruning):
 
 
 # -- the ratio of one call --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pruning", [{"keep_ratio": 1}, {"pooling": "skip"}, *({"method": method} for method in METHODS)], ids=str
+)
+@pytest.mark.parametrize("keep_ratio", [None, 0.5])
+def test_counts_that_serving_engines_ask_for(pruning, keep_ratio):
+    """They are those of the placeholders in a real prompt."""
+    processor = tiny_processor(**pruning)
+    sizes, lengths = [(40, 48), (20, 60), (64, 30), (333, 77), (8, 8)], [1, 4, 7]
+    counts = processor._get_num_multimodal_tokens(
+        image_sizes=sizes, video_sizes=[(frames, 40, 48) for frames in lengths], keep_ratio=keep_ratio
+    )
+    images = [count(processor(text="<image>", images=random_image(0, size), keep_ratio=keep_ratio), IMAGE) for size in sizes]
+    videos = [
+        count(processor(text="<video>", videos=[random_video(0, frames)], num_frames=frames, keep_ratio=keep_ratio), VIDEO)
+        for frames in lengths
+    ]
+    assert [[number] for number in counts["num_image_tokens"]] == images
+    assert [[number] for number in counts["num_video_tokens"]] == videos
+    assert counts["num_image_patches"] == [1] * len(sizes)
+    assert "num_image_tokens" not in processor._get_num_multimodal_tokens(video_sizes=[(4, 40, 48)])
 
 
 def test_a_ratio_for_one_call_travels_with_the_inputs_and_stays_there(processor):
