@@ -41,9 +41,36 @@ AUTO_MAP = {
 }
 
 
-def names_folder(weights_from: str) -> bool:
-    """Whether `weights_from` is a folder (absolute, or beginning with `.` or `~`) and not a Hub id."""
-    return weights_from.startswith((".", "~")) or os.path.isabs(weights_from)
+def names_folder(place: str) -> bool:
+    """Whether `place` is a folder (absolute, or beginning with `.` or `~`) and not a Hub id."""
+    return place.startswith((".", "~")) or os.path.isabs(place)
+
+
+def resolve_folder(key: str, place: str, variant) -> str:
+    """
+    `place`, the value of a key of `config.json`, with a relative folder resolved against the variant's own.
+
+    Raises:
+        OSError: it is relative to a variant that is on the Hub.
+    """
+    if not names_folder(place):
+        return place
+    folder = os.path.expanduser(place)
+    if not os.path.isabs(folder):
+        if not os.path.isdir(variant):
+            raise OSError(
+                f"{key}={place!r} is a folder relative to the variant, but the variant {str(variant)!r} is not a local folder; "
+                f"set {key} in its config.json to a Hub id."
+            )
+        folder = os.path.join(variant, folder)
+    return os.path.abspath(folder)
+
+
+def _resolve_tower(block, variant):
+    """A pruning block, if it is a dictionary, with the folder of its `text_tower` resolved."""
+    if not (isinstance(block, dict) and isinstance(block.get("text_tower"), str)):
+        return block
+    return {**block, "text_tower": resolve_folder("text_tower", block["text_tower"], variant)}
 
 
 def _is_number(value) -> bool:
@@ -80,8 +107,11 @@ class PruningConfig:
             all frames of a video jointly, image views by themselves; `"medium"` = all tokens of a video or an image.
         relevance (`str`, *optional*): the space in which tokens and question are compared, for the methods that look at the
             question. `"pooled"` = the ReDiPrune paper's; `"projected"` = the language model's input embeddings;
-            `"attention"` = the query-key space of one of its first layers.
+            `"attention"` = the query-key space of one of its first layers; `"clip"` = the joint space of `text_tower`.
         relevance_layer (`int`, defaults to 1): the layer of `"attention"`; the question goes through the layers before it.
+        text_tower (`str`, *optional*): the CLIP checkpoint that the vision tower was made from, a Hub id (`"id@revision"` to
+            pin it) or a folder (absolute, or relative to the variant's and beginning with `.`). With it `"cdpruner"` and
+            `"trim"` compare as their papers do; its weights are loaded when they are needed and not saved with the model.
         distance (`str`, *optional*): what max-min diversity is measured in, `"features"` of the vision tower or
             `"projected"` tokens. Used by the ReDiPrune methods and `"divprune"`.
         time_weight (`float`, *optional*): what the whole length of a video adds to that distance, at least 0.
@@ -116,6 +146,11 @@ class PruningConfig:
     scope: Optional[str] = _choice(None, SCOPES)
     relevance: Optional[str] = _choice(None, RELEVANCES)
     relevance_layer: int = _setting(1, lambda value: _is_integer(value) and value >= 0, "an integer of at least 0")
+    text_tower: Optional[str] = _setting(
+        None,
+        lambda value: value is None or isinstance(value, str) and bool(value.strip()),
+        "the Hub id or folder of a CLIP checkpoint, or None",
+    )
     distance: Optional[str] = _choice(None, ("features", "projected"))
     time_weight: Optional[float] = _setting(
         None, lambda value: value is None or _is_number(value) and value >= 0, "a number of at least 0, or None"
@@ -167,6 +202,11 @@ class PruningConfig:
                 "query_weighting='none' drops the question; set one of them to its default first"
             )
 
+        if values["relevance"] == "clip" and values["text_tower"] is None:
+            raise ValueError(
+                "pruning key 'relevance' is 'clip', but text_tower is None; set text_tower to a CLIP checkpoint, such as "
+                "'openai/clip-vit-large-patch14-336', or choose another relevance"
+            )
         if METHODS[values["method"]].merges_in_encoder:
             for key in ("scope", "proportional_attention"):
                 if values[key] not in (None, "frame", False):
@@ -205,8 +245,16 @@ class PruningConfig:
 
     def resolved(self, key: str):
         """The value of a key that may be `None`: then the method's own."""
-        value = getattr(self, key)
-        return getattr(METHODS[self.method], key) if value is None else value
+        value, method = getattr(self, key), METHODS[self.method]
+        if value is None and key == "relevance" and self.text_tower is not None:
+            value = method.relevance_with_tower
+        return getattr(method, key) if value is None else value
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether the question is read by a CLIP text tower, so that the processor has to give its token ids."""
+        reads = "relevance" in METHODS[self.method].needs and self.query_weighting != "none"
+        return self.prunes and reads and self.resolved("relevance") == "clip"
 
     def count(self, num_tokens: int) -> int:
         """How many of the `num_tokens` tokens of one set (a frame, an image view, or a whole medium) stay."""
@@ -250,6 +298,9 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:  # for a folder without the file, the stock class takes the defaults silently
             raise OSError(f"no config.json in {str(pretrained_model_name_or_path)!r}, the home of the pruning parameters")
+        for values in (config_dict, kwargs):
+            if "pruning" in values:
+                values["pruning"] = _resolve_tower(values["pruning"], pretrained_model_name_or_path)
         return config_dict, kwargs
 
     @classmethod
@@ -270,13 +321,19 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
         As in the stock class.
 
         Raises:
-            ValueError: `weights_from` names a folder.
+            ValueError: `weights_from` or `text_tower` names a folder.
         """
         self.check_link_for_others()
         return super().push_to_hub(repo_id, *args, **kwargs)
 
     def check_link_for_others(self) -> None:
-        """Raises ValueError where the link can be followed on this computer alone."""
+        """Raises ValueError where the link, or the text tower, can be found on this computer alone."""
+        tower = self.pruning.text_tower
+        if tower is not None and names_folder(tower):
+            raise ValueError(
+                f"the CLIP text tower of this variant is the folder text_tower={tower!r}, where nobody who loads it from the "
+                "Hub finds it: set config.pruning.text_tower to a Hub id."
+            )
         if self.weights_from is not None and names_folder(self.weights_from):
             raise ValueError(
                 f"the weights of this variant are in the folder weights_from={self.weights_from!r}, where nobody who loads "

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, LlavaNextVideoConfig
 
-from .configuration_rediprune import BASE_MODEL_TYPE, ReDiPruneConfig, names_folder
+from .configuration_rediprune import BASE_MODEL_TYPE, ReDiPruneConfig, names_folder, resolve_folder
 
 HUB_KEYS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 # What `from_pretrained` of a model takes for itself, although a config has it too.
@@ -44,7 +44,7 @@ def follow_link(variant, kwargs: dict) -> tuple:
     if config.weights_from is None:
         return variant, kwargs
 
-    base = resolve_base(config.weights_from, variant)
+    base = resolve_folder("weights_from", config.weights_from, variant)
     config.weights_from = base
     config._commit_hash = None  # of the variant
     base_hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
@@ -57,21 +57,6 @@ def follow_link(variant, kwargs: dict) -> tuple:
     if "_adapter_model_path" not in adapter:  # looked for at the base, where the variant's revision is unknown
         rest["adapter_kwargs"] = {**adapter, "revision": base_hub.get("revision")}
     return base, {**rest, **base_hub, "config": config}
-
-
-def resolve_base(weights_from: str, variant) -> str:
-    """`weights_from` with a relative folder resolved against the variant's own."""
-    if not names_folder(weights_from):
-        return weights_from
-    folder = os.path.expanduser(weights_from)
-    if not os.path.isabs(folder):
-        if not os.path.isdir(variant):
-            raise OSError(
-                f"weights_from={weights_from!r} is a folder relative to the variant, but the variant {str(variant)!r} is not "
-                "a local folder; set weights_from in its config.json to the Hub id of the base."
-            )
-        folder = os.path.join(variant, folder)
-    return os.path.abspath(folder)
 
 
 def check_base(base: str, hub: dict) -> None:

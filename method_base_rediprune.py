@@ -24,6 +24,7 @@ class VisualTokens:
         text_rows: (N, T, L) fp32, for each word of the question its share of attention to each token: a row adds up to
             1 / words, or is zero where the question has fewer than T words; `None` when the text is not used.
         projected: (N, L, H) the features after the projector.
+        joint: (N, L, D) fp32, the features in CLIP's joint space, for the relevance `"clip"` alone.
         cls_attention: (N, L) fp32, attention of CLS to each token in the tapped layer, mean over heads.
         keys: (N, L, D) keys of the tapped layer, mean over heads.
         last_cls_attention: (N, L) fp32, attention of CLS in the last layer, its heads taken as one.
@@ -37,6 +38,7 @@ class VisualTokens:
     relevance: Optional[torch.Tensor] = None
     text_rows: Optional[torch.Tensor] = None
     projected: Optional[torch.Tensor] = None
+    joint: Optional[torch.Tensor] = None
     cls_attention: Optional[torch.Tensor] = None
     keys: Optional[torch.Tensor] = None
     last_cls_attention: Optional[torch.Tensor] = None
@@ -50,6 +52,7 @@ class Method:
 
     Attributes:
         needs: the fields of `VisualTokens`, beside the features, that must be there.
+        relevance_with_tower: `relevance` where the configuration names a `text_tower`; `None` = the same.
 
     The others are keys of the pruning block, with the values that they have for this method where the configuration leaves
     them open (`None`): those of its paper.
@@ -58,6 +61,7 @@ class Method:
     needs = frozenset()
 
     relevance = "pooled"
+    relevance_with_tower = None
     scope = "frame"
     distance = "features"
     time_weight = 0.0

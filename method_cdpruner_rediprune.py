@@ -16,6 +16,7 @@ class CDPruner(Method):
 
     needs = frozenset({"projected", "relevance"})
     relevance = "projected"
+    relevance_with_tower = "clip"
 
     def select(self, tokens, num_kept, pruning):
         quality = torch.ones(tokens.features.shape[:2], device=tokens.features.device)

@@ -18,6 +18,7 @@ class Trim(Method):
 
     needs = frozenset({"relevance"})
     relevance = "projected"
+    relevance_with_tower = "clip"
 
     def reduce(self, tokens, num_kept, pruning):
         features = tokens.features

@@ -29,6 +29,7 @@ from .geometry_rediprune import (
     token_sets,
     video_grids,
 )
+from .joint_space_rediprune import JointSpace
 from .linking_rediprune import (
     damage_explained,
     explained,
@@ -46,6 +47,7 @@ from .positions_rediprune import image_offsets, pooled_places, position_gaps, vi
 from .relevance_rediprune import (
     attention_relevance,
     attention_rows,
+    clip_relevance,
     cosine_relevance,
     read_question,
     stack_rows,
@@ -156,6 +158,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     config_class = ReDiPruneConfig
     config: ReDiPruneConfig
+    _joint = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path=None, *args, output_loading_info=False, **kwargs):
@@ -215,6 +218,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         if adapters_alone or not self._stays_linked(materialise):
             link = contextlib.nullcontext() if adapters_alone else unlinked(self.config)
             with link, code_in_place(self, save_directory):
+                if push_to_hub:
+                    self.config.check_link_for_others()
                 return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         if push_to_hub:
             hub_keys = ("commit_message", "private", "token", "create_pr", "revision")
@@ -231,12 +236,10 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         As in the stock class, but a linked variant stays linked, as in `save_pretrained`.
 
         Raises:
-            ValueError: the link names a folder, where nobody else finds the weights.
+            ValueError: the link names a folder, where nobody else finds the weights, or `text_tower` does.
         """
-        if self._stays_linked(materialise):
+        with contextlib.nullcontext() if self._stays_linked(materialise) else unlinked(self.config):
             self.config.check_link_for_others()
-            return super().push_to_hub(repo_id, *args, **kwargs)
-        with unlinked(self.config):
             return super().push_to_hub(repo_id, *args, **kwargs)
 
     def _stays_linked(self, materialise: bool) -> bool:
@@ -271,6 +274,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         logits_to_keep=0,
         keep_ratio: Optional[float] = None,
         query_mask: Optional[torch.Tensor] = None,
+        clip_input_ids: Optional[torch.LongTensor] = None,
+        clip_attention_mask: Optional[torch.LongTensor] = None,
         **kwargs,
     ):
         """
@@ -280,13 +285,17 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             keep_ratio (`float`, *optional*): keep ratio of this call, as the processor returned it; the config's otherwise.
             query_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*): true where a token may belong to the
                 question; the default is wherever `labels` asks for nothing.
+            clip_input_ids (`torch.LongTensor` of shape `(batch, segments, tokens)`, *optional*): the question as the text tower
+                reads it, and `clip_attention_mask` with 0 for its padding, as the processor returned them.
             position_ids: positions in the pruned prompt; `positions="original"` adds the gaps to them.
 
         Returns:
             [`ReDiPruneCausalLMOutputWithPast`], or a tuple for `return_dict=False`.
 
         Raises:
-            ValueError: the prompt has more or fewer placeholders than tokens that stay; pixels or features are not finite.
+            OSError: the text tower cannot be reached.
+            ValueError: the prompt has more or fewer placeholders than tokens that stay; pixels or features are not finite;
+                `clip_input_ids` are missing where the question is compared in CLIP's joint space.
         """
         # The signature names `logits_to_keep`, so that `generate` asks for the last token's logits alone, and leaves out
         # `mm_encoder_outputs`: with it, `generate` of 5.x would project all tokens before they can be pruned here.
@@ -326,8 +335,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         is_question = _question_mask(embeds, masks, attention_mask, labels, query_mask)
+        questions = self._clip_questions(pruning, len(embeds), clip_input_ids, clip_attention_mask)
         self._encode(media, pixels, image_sizes, pruning, **tower)
-        self._select(media, pruning, embeds, is_question, input_ids)
+        self._select(media, pruning, embeds, is_question, input_ids, questions)
         for kind, mask in masks.items():
             tokens = self._project([medium for medium in media if medium.kind == kind], pruning)
             if tokens is not None:
@@ -371,6 +381,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         image_sizes: Optional[torch.LongTensor] = None,
         attention_mask: Optional[torch.Tensor] = None,
         keep_ratio: Optional[float] = None,
+        clip_input_ids: Optional[torch.LongTensor] = None,
+        clip_attention_mask: Optional[torch.LongTensor] = None,
         **kwargs,
     ) -> list:
         """
@@ -385,8 +397,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         masks = self._placeholder_masks(input_ids)
         media = self._place_media(pixels, image_sizes, masks, pruning)
         embeds = self.get_input_embeddings()(input_ids)
+        questions = self._clip_questions(pruning, len(embeds), clip_input_ids, clip_attention_mask)
         self._encode(media, pixels, image_sizes, pruning)
-        self._select(media, pruning, embeds, _question_mask(embeds, masks, attention_mask), input_ids)
+        self._select(media, pruning, embeds, _question_mask(embeds, masks, attention_mask), input_ids, questions)
         return media
 
     def prepare_inputs_for_generation(
@@ -418,7 +431,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             # The first pass over a reused cache takes the media of the new tokens, a decoding step takes none.
             masks = self._placeholder_masks(**new_tokens).values()
             has_media = any(mask.shape[1] > 1 and mask.any() for mask in masks)
-            model_inputs.update(media_inputs if has_media else dict.fromkeys([*media_inputs, "query_mask"]))
+            of_media = [*media_inputs, "query_mask", "clip_input_ids", "clip_attention_mask"]
+            model_inputs.update(media_inputs if has_media else dict.fromkeys(of_media))
         return model_inputs
 
     def _expand_inputs_for_generation(
@@ -569,6 +583,34 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             )
         return {"features": features, **read_attention(self.model.vision_tower, states, layers[-1], needs)}
 
+    def _look(self, pixels, **tower) -> dict:
+        """`_tap`, and where it is needed `"joint"` (N, P, D), the patches in CLIP's joint space."""
+        patches = self._tap(pixels, **tower)
+        if "joint" in tower["needs"]:
+            width = self.config.vision_config.hidden_size  # of several tapped layers the last
+            patches["joint"] = self._joint_space().place_tokens(patches["features"][..., -width:])
+        return patches
+
+    def _joint_space(self) -> JointSpace:
+        """That of the configured text tower, loaded when it is first asked for. None of this model's weights."""
+        text_tower = self.config.pruning.text_tower
+        if self._joint is None or self._joint.text_tower != text_tower:
+            self._joint = JointSpace(text_tower, self.config.vision_config.hidden_size)
+        return self._joint
+
+    def _clip_questions(self, pruning, batch: int, ids, mask) -> Optional[torch.Tensor]:
+        """(B, D) fp32, the question of each row in CLIP's joint space; `None` where it is not compared there."""
+        if not pruning.reads_clip:
+            return None
+        if ids is None or mask is None or ids.shape != mask.shape or len(ids) != batch:
+            shapes = [None if values is None else tuple(values.shape) for values in (ids, mask)]
+            raise ValueError(
+                f"relevance='clip' with text_tower={pruning.text_tower!r} needs clip_input_ids and clip_attention_mask for each of "
+                f"the {batch} rows, (rows, segments, tokens), but their shapes are {shapes}. Prepare the inputs with the processor "
+                "of this repository, loaded with the same pruning parameters, and pass all that it returns."
+            )
+        return self._joint_space().place_questions(ids, mask)
+
     def _encode(self, media, pixels, image_sizes, pruning, **tower) -> None:
         """Fills in the sets of every medium."""
         images = [medium for medium in media if medium.kind == "image"]
@@ -581,6 +623,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 self._merge_videos(videos, pixels["video"], pruning, num_layers)
             return
         tower["needs"] = METHODS[pruning.method].needs if pruning.prunes else frozenset()
+        if pruning.reads_clip:
+            tower["needs"] |= {"joint"}
         if images:
             self._encode_images(images, pixels["image"], image_sizes, **tower)
         if videos:
@@ -595,7 +639,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 medium.sets = [_concatenate([_map(patches, _as_one_set) for patches in medium.sets], dim=1)]
 
     def _encode_videos(self, videos, pixels, pruning, **tower) -> None:
-        patches = self._tap(pixels.flatten(0, 1), **tower)
+        patches = self._look(pixels.flatten(0, 1), **tower)
         if pruning.pooling == "before":
             features = self.model.vision_resampler(patches.pop("features"))
             patches = {"features": features, **_map(patches, self._pool)}
@@ -610,7 +654,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     def _encode_images(self, images, pixel_values, image_sizes, **tower) -> None:
         crops, views = self._views_of_images(pixel_values, image_sizes)
-        patches = self._tap(torch.cat(views), **tower)
+        patches = self._look(torch.cat(views), **tower)
         ends = itertools.accumulate(len(views_) for views_ in views)
         for medium, crop, views_, end in zip(images, crops, views, ends):
             start = end - len(views_)
@@ -690,8 +734,12 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     # -- from what the tower gives to kept tokens --------------------------------------------------------------------
 
-    def _select(self, media, pruning, embeds, is_question, input_ids) -> None:
-        """Fills in which tokens of every medium stay. Sets of one size are pruned together, in one call."""
+    def _select(self, media, pruning, embeds, is_question, input_ids, questions=None) -> None:
+        """
+        Fills in which tokens of every medium stay. Sets of one size are pruned together, in one call.
+
+        `questions` are those of `_clip_questions`.
+        """
         method = METHODS[pruning.method]
         weigh = pruning.prunes and pruning.resolved("proportional_attention")
         by_size = defaultdict(list)
@@ -716,7 +764,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 kept = torch.arange(num_tokens, device=features.device).expand(len(features), -1)
             else:
                 rows = [medium.row for (medium, _), number in zip(sets, numbers) for _ in range(number)]
-                tokens = self._visual_tokens(method, patches, words, rows, pruning)
+                tokens = self._visual_tokens(method, patches, words, rows, pruning, questions)
                 if seeds is not None:
                     tokens.seeds = [seed for medium, index in sets for seed in seeds[id(medium)][index]]
                 features, kept = method.reduce(tokens, num_kept, pruning)
@@ -731,7 +779,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 medium.tokens[index], medium.kept[index] = features, kept
 
     @torch.no_grad()
-    def _visual_tokens(self, method, patches, words, rows, pruning) -> VisualTokens:
+    def _visual_tokens(self, method, patches, words, rows, pruning, questions=None) -> VisualTokens:
         """
         What the method may look at.
 
@@ -740,6 +788,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             words: for each row of the batch its question (T, H), as input embeddings, or for the relevance `"attention"` as
                 the layer before gives it; `None` where it is not used.
             rows: for each set the row of the batch that it belongs to.
+            questions: for each row its question in CLIP's joint space (B, D), for the relevance `"clip"`.
         """
         relevance, distance = pruning.resolved("relevance"), pruning.resolved("distance")
         tokens = VisualTokens(**patches)
@@ -747,19 +796,24 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             setattr(tokens, name, patches[name].squeeze(-1))
         reads = method.needs & {"relevance", "text_rows"} if words is not None else frozenset()
         compares_projected = "compared" in method.needs and distance == "projected"
-        if "projected" in method.needs or compares_projected or reads and (relevance != "pooled" or "text_rows" in reads):
+        reads_projected = reads and (relevance in ("projected", "attention") or "text_rows" in reads)
+        if "projected" in method.needs or compares_projected or reads_projected:
             tokens.projected = self.model.multi_modal_projector(tokens.features)
         tokens.compared = tokens.projected if distance == "projected" else tokens.features
+        if questions is not None and tokens.joint is None:  # merged inside the vision tower
+            tokens.joint = self._joint_space().place_tokens(tokens.features)
         if "relevance" in reads:
-            tokens.relevance = self._relevance(relevance, tokens, words, rows, pruning)
+            tokens.relevance = self._relevance(relevance, tokens, words, rows, pruning, questions)
         if "text_rows" in reads:
             compare = self._attention_rows(pruning) if relevance == "attention" else word_rows
             share = lambda text, projected: compare(text, projected) / len(text)  # noqa: E731
             tokens.text_rows = _rows_by_question(share, words, tokens.projected, rows)
         return tokens
 
-    def _relevance(self, relevance, tokens, words, rows, pruning) -> torch.Tensor:
+    def _relevance(self, relevance, tokens, words, rows, pruning, questions) -> torch.Tensor:
         """(N, L) fp32: how much the tokens of each set have to do with the question of its sample."""
+        if relevance == "clip":
+            return clip_relevance(tokens.joint, questions.to(tokens.joint.device)[rows])
         if relevance == "attention":
             return attention_relevance(_rows_by_question(self._attention_rows(pruning), words, tokens.projected, rows))
         queries = torch.stack([build_query(text, pruning.query_weighting) for text in words])

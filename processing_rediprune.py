@@ -14,6 +14,7 @@ from transformers.video_utils import make_batched_metadata, make_batched_videos
 
 from .configuration_rediprune import AUTO_MAP, PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import image_grids, num_placeholders, video_grids
+from .joint_space_rediprune import question_segments
 from .portability_rediprune import code_in_place, make_portable
 from .video_rediprune import frame_indices, read_video
 
@@ -136,10 +137,12 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
                 among the inputs, so that `model.generate(**inputs)` follows it.
 
         Returns:
-            [`BatchFeature`]: the stock fields, and `keep_ratio` (`float`) where it was given.
+            [`BatchFeature`]: the stock fields, `keep_ratio` (`float`) where it was given, and those of `clip_inputs` where the
+            question is read by a CLIP text tower.
 
         Raises:
             FileNotFoundError: a video path that does not exist.
+            OSError: the text tower cannot be reached.
             ValueError: placeholders and media differ in number; audio was given; a video cannot be decoded or is empty;
                 the videos of one call have different numbers of frames.
         """
@@ -159,7 +162,32 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         outputs = caller._process(images, text, videos, kwargs)
         if keep_ratio is not None:
             outputs["keep_ratio"] = float(keep_ratio)
+        if caller.pruning.reads_clip and text is not None and not (images is None and videos is None):
+            outputs.update(self.clip_inputs(text))
         return outputs
+
+    def clip_inputs(self, prompts: list) -> dict:
+        """
+        The questions of prompts for the text tower of the pruning block: what follows the last placeholder, without what the
+        chat template adds to ask for an answer.
+
+        Returns:
+            `clip_input_ids` and `clip_attention_mask`, LongTensors (prompts, segments, tokens), see `question_segments`.
+        """
+        either_token = "|".join(map(re.escape, (self.image_token, self.video_token)))
+        questions = [re.split(either_token, prompt)[-1].strip() for prompt in prompts]
+        ending = self._generation_prompt()
+        questions = [question.removesuffix(ending).strip() for question in questions]
+        ids, mask = question_segments(self.pruning.text_tower, questions)
+        return {"clip_input_ids": ids, "clip_attention_mask": mask}
+
+    def _generation_prompt(self) -> str:
+        """What the chat template puts after a question to ask for an answer, such as `"ASSISTANT:"`."""
+        if not isinstance(self.chat_template, str):
+            return ""
+        chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        asked = self.apply_chat_template(chat, add_generation_prompt=True)
+        return asked.removeprefix(self.apply_chat_template(chat, add_generation_prompt=False)).strip()
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
         """The placeholders of one image."""

@@ -12,13 +12,15 @@ from .selection_rediprune import MIN_NORM, cosine_relevance
 #     ReDiPrune paper's. Nothing has trained these two spaces to agree.
 # "projected": cosine of the projected tokens with that vector, in the space of the language model's input embeddings.
 # "attention": `attention_rows`, in the query-key space of one of the language model's first layers.
-RELEVANCES = ("pooled", "projected", "attention")
+# "clip": `clip_relevance`, in the joint space of a CLIP checkpoint; CDPruner's and TRIM's.
+RELEVANCES = ("pooled", "projected", "attention", "clip")
 WORD_TEMPERATURE = 0.02
 
 __all__ = [
     "RELEVANCES",
     "attention_relevance",
     "attention_rows",
+    "clip_relevance",
     "cosine_relevance",
     "read_question",
     "stack_rows",
@@ -97,6 +99,26 @@ def attention_relevance(rows: torch.Tensor) -> torch.Tensor:
     largest = rows.amax(1)
     low, high = largest.aminmax(dim=1, keepdim=True)
     return (largest - low) / (high - low).clamp_min(MIN_NORM)
+
+
+@torch.no_grad()
+def clip_relevance(tokens: torch.Tensor, questions: torch.Tensor) -> torch.Tensor:
+    """
+    Minus the cosine of tokens and question in CLIP's joint space, as in CDPruner and TRIM.
+
+    CLIP trains the vector of CLS towards the text, not those of patches, and the patches that show what the text says are
+    the less similar ones: hence the sign.
+
+    Args:
+        tokens: (N, L, D), not normalized.
+        questions: (N, D), for each set the mean of the unit vectors of its question's segments.
+
+    Returns:
+        (N, L) fp32 in [-1, 1].
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = F.normalize(tokens.float(), dim=-1, eps=MIN_NORM)
+        return -(unit @ questions.float()[..., None]).squeeze(-1)
 
 
 @torch.no_grad()

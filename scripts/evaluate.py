@@ -203,10 +203,13 @@ class Evaluation:
         """A batch on the model's device; with a control of the query, the text that it selects for is set, too."""
         seed, first = self.model.config.pruning.seed, batch[0]
         self.other_query.tokens = None
+        inputs = questions.inputs(self.processor, *batch, ratio)
         if setting.query != "own":
-            part = range(first, first + batch[1])
-            self.other_query.tokens = [questions.query(self.processor, setting.query, index, seed) for index in part]
-        return questions.inputs(self.processor, *batch, ratio).to(self.model.device, self.model.dtype)
+            queries = [(self.processor, setting.query, index, seed) for index in range(first, first + batch[1])]
+            self.other_query.tokens = [questions.query(*query) for query in queries]
+            if "clip_input_ids" in inputs:
+                inputs.update(self.processor.clip_inputs([questions.query_prompt(*query) for query in queries]))
+        return inputs.to(self.model.device, self.model.dtype)
 
     def answers(self, questions: Questions, setting: Setting, ratio: float) -> list:
         """The answers to all questions, from the log where they are there."""

@@ -57,10 +57,13 @@ class Questions:
         others = np.flatnonzero(self.scene_of != self.scene_of[index])
         return self.texts[np.random.default_rng((seed, index)).choice(others)]
 
+    def query_prompt(self, processor, which: str, index: int, seed: int) -> str:
+        """The prompt whose question the control `which` (`"other"` or `"constant"`) selects for."""
+        return self.prompt(processor, self.text_of_another(index, seed) if which == "other" else CONSTANT_QUERY)
+
     def query(self, processor, which: str, index: int, seed: int) -> list:
-        """The tokens that the control `which` (`"other"` or `"constant"`) selects for: all after the placeholder."""
-        text = self.text_of_another(index, seed) if which == "other" else CONSTANT_QUERY
-        ids = processor.tokenizer(self.prompt(processor, text))["input_ids"]
+        """The tokens of that question: all after the placeholder."""
+        ids = processor.tokenizer(self.query_prompt(processor, which, index, seed))["input_ids"]
         return ids[ids.index(getattr(processor, f"{self.kind}_token_id")) + 1 :]
 
 

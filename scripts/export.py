@@ -456,6 +456,11 @@ def export(args) -> None:
     if args.link and args.push_to_hub and Path(args.base).is_dir():
         raise ExportError(f"--link --push-to-hub: the weights in the folder {args.base} cannot be reached by others; use --copy")
     pruning = configuration.PruningConfig.from_value(args.pruning).to_dict()
+    tower = pruning["text_tower"]
+    if tower is not None and Path(tower).is_dir():
+        if args.push_to_hub:
+            raise ExportError(f"--text-tower {tower} is a folder, where others cannot reach it; name a Hub id to push")
+        pruning["text_tower"] = str(Path(tower).resolve())
     needs_weights = not args.link or not (args.no_check or args.dry_run)
     base_folder, commit = fetch_base(args.base, args.base_revision, weights=needs_weights and not args.dry_run)
     read_config(base_folder)

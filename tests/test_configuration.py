@@ -19,6 +19,7 @@ DEFAULTS = {
     "scope": None,
     "relevance": None,
     "relevance_layer": 1,
+    "text_tower": None,
     "distance": None,
     "time_weight": None,
     "proportional_attention": None,
@@ -55,10 +56,12 @@ REFUSED = [
     ("time_weight", math.inf, "a number of at least 0, or None"),
     ("proportional_attention", 1, "true, false or None"),
     ("proportional_attention", "yes", "true, false or None"),
-    ("relevance", "clip", "'pooled', 'projected', 'attention' or None"),
-    ("relevance", 1, "'pooled', 'projected', 'attention' or None"),
-    ("relevance", "cosine", "one of 'pooled', 'projected', 'attention' or None"),
-    ("relevance", ["pooled"], "one of 'pooled', 'projected', 'attention' or None"),
+    ("relevance", "clip", "text_tower is None; set text_tower to a CLIP checkpoint"),
+    ("text_tower", "", "the Hub id or folder of a CLIP checkpoint, or None"),
+    ("text_tower", True, "the Hub id or folder of a CLIP checkpoint, or None"),
+    ("relevance", 1, "'pooled', 'projected', 'attention', 'clip' or None"),
+    ("relevance", "cosine", "one of 'pooled', 'projected', 'attention', 'clip' or None"),
+    ("relevance", ["pooled"], "one of 'pooled', 'projected', 'attention', 'clip' or None"),
     ("alpha", math.nan, "a finite number"),
     ("alpha", "0.5", "a finite number"),
     ("threshold", 1.5, "a cosine in [-1, 1]"),
@@ -84,6 +87,7 @@ OTHER_THAN_DEFAULT = {
     "scope": "video",
     "relevance": "attention",
     "relevance_layer": 0,
+    "text_tower": "openai/clip-vit-large-patch14-336",
     "distance": "projected",
     "time_weight": 0.1,
     "proportional_attention": True,
@@ -216,6 +220,11 @@ def test_values_that_exclude_each_other(block, message):
 def test_an_open_key_is_the_methods_own():
     own = ("scope", "relevance", "distance", "time_weight", "proportional_attention", "positions")
     resolved = lambda **block: tuple(PruningConfig(**block).resolved(key) for key in own)  # noqa: E731
+    relevance = lambda method, **block: resolved(method=method, **block)[1]  # noqa: E731
+    for method in ("cdpruner", "trim"):
+        assert relevance(method) == "projected" and relevance(method, text_tower="me/clip") == "clip"
+        assert relevance(method, text_tower="me/clip", relevance="pooled") == "pooled"
+    assert relevance("rediprune", text_tower="me/clip") == "pooled"
     assert resolved() == ("frame", "pooled", "features", 0.0, False, "compact")
     assert resolved(method="rediprune_plus") == ("video", "attention", "projected", 0.25, True, "original")
     closed = {"scope": "frame", "distance": "features", "time_weight": 0, "proportional_attention": False}

@@ -125,9 +125,9 @@ def test_merging_in_the_encoder_needs_a_layer():
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "relevance" in method.needs])
-def test_the_question_moves_the_selection(method):
+def test_the_question_moves_the_selection(method, text_tower):
     for relevance in RELEVANCES:
-        pruning = {"method": method, "keep_ratio": 0.25, "relevance": relevance, "alpha": 5.0}
+        pruning = {"method": method, "keep_ratio": 0.25, "relevance": relevance, "alpha": 5.0, "text_tower": text_tower}
         model, processor = tiny_model(**pruning), tiny_processor(**pruning)
         media = {"videos": [random_video(1)] * 2, "padding": True}
         ask = lambda *questions: model.select_tokens(  # noqa: E731
@@ -141,8 +141,8 @@ def test_the_question_moves_the_selection(method):
 
 @pytest.mark.parametrize("relevance", RELEVANCES)
 @pytest.mark.parametrize("method", ["rediprune", "cdpruner", "trim", "mmtok"])
-def test_a_prompt_without_question(method, relevance):
-    pruning = {"method": method, "keep_ratio": 0.25, "relevance": relevance}
+def test_a_prompt_without_question(method, relevance, text_tower):
+    pruning = {"method": method, "keep_ratio": 0.25, "relevance": relevance, "text_tower": text_tower}
     model, processor = tiny_model(**pruning), tiny_processor(**pruning)
     texts = ["USER : <video>", f"USER : <video> {QUESTIONS[0]}"]
     media = model.select_tokens(**processor(text=texts, videos=media_of("video"), padding=True))

@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextImageProcessor,
@@ -161,6 +163,34 @@ def public_name(name):
     if part == "vision_tower":
         return f"vision_tower.vision_model.{rest.removeprefix('vision_model.')}"
     return f"{part}.{rest}".rstrip(".")
+
+
+def save_clip(folder, seed=0, width=16):
+    """A random CLIP checkpoint with a tokenizer, whose text tower reads 12 tokens at once."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    vocabulary = {word: index for index, word in enumerate(["<unk>", *WORDS, start, end])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(token, vocabulary[token]) for token in (start, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ends)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end, unk_token="<unk>", model_max_length=12
+    ).save_pretrained(folder)
+    sizes = dict(intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ids = dict(bos_token_id=vocabulary[start], eos_token_id=vocabulary[end], pad_token_id=vocabulary[end])
+    config = CLIPConfig(
+        text_config=dict(**sizes, **ids, vocab_size=len(vocabulary), hidden_size=24, max_position_embeddings=12),
+        vision_config=dict(**sizes, hidden_size=width, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE),
+        projection_dim=10,
+    )
+    torch.manual_seed(seed)
+    clip = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in clip.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_()
+    clip.save_pretrained(folder)
+    return str(folder)
 
 
 def random_video(seed=0, frames=4, size=(40, 48)):
