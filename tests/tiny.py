@@ -174,7 +174,13 @@ def save_clip(folder, seed=0, width=16):
     ends = [(token, vocabulary[token]) for token in (start, end)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ends)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end, unk_token="<unk>", model_max_length=12
+        tokenizer_object=tokenizer,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        unk_token="<unk>",
+        model_max_length=12,
+        model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)
     sizes = dict(intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     ids = dict(bos_token_id=vocabulary[start], eos_token_id=vocabulary[end], pad_token_id=vocabulary[end])
