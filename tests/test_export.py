@@ -10,7 +10,7 @@ from pathlib import Path
 import export
 import pytest
 import torch
-from tiny import POOLED, random_video, save_stock_checkpoint
+from tiny import POOLED, random_video, save_clip, save_stock_checkpoint
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,6 +221,20 @@ def test_variant_answers_like_its_base_and_prunes(base, tmp_path):
         pruned = processor(text="<video> what colour ?", videos=[random_video()])
         assert (pruned["input_ids"] == model.config.video_token_id).sum() == 4 * POOLED // 4
         model(**pruned)
+
+
+def test_a_text_tower(base, tmp_path, monkeypatch):
+    """A folder is found from everywhere on this computer, and not pushed; a Hub id stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    save_clip(tmp_path / "clip")
+    tower = lambda name: json.loads((tmp_path / name / "config.json").read_text())["pruning"]["text_tower"]  # noqa: E731
+    run(base, "--method", "cdpruner", "--text-tower", "clip", "--output", tmp_path / "folder")
+    run(base, "--text-tower", "openai/clip@main", "--relevance", "clip", "--link", "--output", tmp_path / "id")
+    assert tower("folder") == str(tmp_path / "clip") and tower("id") == "openai/clip@main"
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    message = refused(base, "--text-tower", "clip", "--push-to-hub", "me/name")
+    assert "--text-tower clip is a folder" in message and "Hub id" in message
+    assert "text_tower is None" in refused(base, "--relevance", "clip", "--output", tmp_path / "none")
 
 
 def test_a_link_to_a_folder_is_not_pushed(base, tmp_path):

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
-from rediprune.joint_space_rediprune import JointSpace, question_segments
+from rediprune.joint_space_rediprune import JointSpace, find_tower, question_segments
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from rediprune.processing_rediprune import ReDiPruneProcessor
 from rediprune.relevance_rediprune import clip_relevance
 from safetensors.torch import load_file
 from tiny import WORDS, random_image, random_video, save_clip, tiny_config, tiny_model, tiny_processor
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 TESTS = Path(__file__).resolve().parent
 SHORT, LONG = "what colour is the star ?", "which way does the red star move left right " * 3
@@ -307,6 +307,14 @@ def test_an_argument_is_relative_to_the_variant(text_tower, tmp_path):
     assert whole.pruning.text_tower == text_tower
 
 
+def test_a_hub_id_may_name_a_revision(monkeypatch):
+    asked = []
+    found = lambda source, **hub: asked.append((source, hub)) or ({"model_type": "clip"}, {})  # noqa: E731
+    monkeypatch.setattr(CLIPConfig, "get_config_dict", found)
+    for text_tower, revision in (("me/clip", "main"), ("me/clip@v1", "v1")):
+        assert find_tower(text_tower) == asked.pop() == ("me/clip", {"revision": revision})
+
+
 def refused(text_tower):
     """The messages of model and processor, of one type."""
     model, processor = pair(text_tower)
@@ -336,8 +344,7 @@ def test_a_checkpoint_that_is_no_clip(tmp_path):
     kind, message = refused(str(tmp_path))
     assert kind is ValueError and "'rediprune_llava_next_video', but must be a whole CLIP" in message
     (tmp_path / "config.json").unlink()
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert "config.json" in refused(str(tmp_path))[1] or "type None" in refused(str(tmp_path))[1]
+    assert "text_tower" in refused(str(tmp_path))[1]
 
 
 def test_a_clip_of_another_width(tmp_path):
