@@ -112,14 +112,15 @@ class JointSpace:
             if config.vision_config.hidden_size != width:
                 raise ValueError(
                     f"pruning key 'text_tower' is {text_tower!r}, whose visual_projection takes features of width "
-                    f"{config.vision_config.hidden_size}, but the model's vision tower gives {width}; set it to the CLIP checkpoint "
-                    "that this vision tower was made from, or to None"
+                    f"{config.vision_config.hidden_size}, but the model's vision tower gives {width}; set it to the CLIP "
+                    "checkpoint that this vision tower was made from, or to None"
                 )
             clip, info = CLIPModel.from_pretrained(source, **hub, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]:
             names = sorted(info["missing_keys"])
             raise ValueError(
-                f"pruning key 'text_tower' is {text_tower!r}, which lacks {len(names)} tensors of a whole CLIP, such as {names[0]}"
+                f"pruning key 'text_tower' is {text_tower!r}, which lacks {len(names)} tensors of a whole CLIP, such as "
+                f"{names[0]}; set it to a complete checkpoint"
             )
         parts = {
             "text_model": clip.text_model,

@@ -158,7 +158,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     config_class = ReDiPruneConfig
     config: ReDiPruneConfig
-    _joint = None
+    _joint = None  # a `JointSpace`, once one is needed
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path=None, *args, output_loading_info=False, **kwargs):
@@ -218,7 +218,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         if adapters_alone or not self._stays_linked(materialise):
             link = contextlib.nullcontext() if adapters_alone else unlinked(self.config)
             with link, code_in_place(self, save_directory):
-                if push_to_hub:
+                if push_to_hub and not adapters_alone:
                     self.config.check_link_for_others()
                 return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         if push_to_hub:
@@ -605,9 +605,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         if ids is None or mask is None or ids.shape != mask.shape or len(ids) != batch:
             shapes = [None if values is None else tuple(values.shape) for values in (ids, mask)]
             raise ValueError(
-                f"relevance='clip' with text_tower={pruning.text_tower!r} needs clip_input_ids and clip_attention_mask for each of "
-                f"the {batch} rows, (rows, segments, tokens), but their shapes are {shapes}. Prepare the inputs with the processor "
-                "of this repository, loaded with the same pruning parameters, and pass all that it returns."
+                f"relevance='clip' with text_tower={pruning.text_tower!r} needs clip_input_ids and clip_attention_mask for "
+                f"each of the {batch} rows, (rows, segments, tokens), but their shapes are {shapes}. Prepare the inputs with the "
+                "processor of this repository, loaded with the same pruning parameters, and pass all that it returns."
             )
         return self._joint_space().place_questions(ids, mask)
 

@@ -1,4 +1,4 @@
-"""Relevance in CLIP's joint space: against a plain computation from the parts of a CLIP checkpoint, and from loading to generating."""
+"""Relevance in CLIP's joint space: against a plain computation from a CLIP checkpoint, and from loading to generating."""
 
 import json
 import os
@@ -321,7 +321,8 @@ def refused(text_tower):
     with pytest.raises((OSError, ValueError)) as of_processor:
         ask(processor, SHORT)
     ids = torch.ones(1, 1, 12, dtype=torch.long)
-    inputs = {**ask(tiny_processor(method="cdpruner", keep_ratio=0.25), SHORT), "clip_input_ids": ids, "clip_attention_mask": ids}
+    inputs = ask(tiny_processor(method="cdpruner", keep_ratio=0.25), SHORT)
+    inputs.update(clip_input_ids=ids, clip_attention_mask=ids)
     with pytest.raises(of_processor.type) as of_model:
         model(**inputs)
     assert str(of_model.value) == str(of_processor.value)
