@@ -18,6 +18,7 @@ WORD_TEMPERATURE = 0.02
 
 __all__ = [
     "RELEVANCES",
+    "attention_by_head",
     "attention_relevance",
     "attention_rows",
     "clip_relevance",
@@ -62,10 +63,10 @@ def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch
 
 
 @torch.no_grad()
-def attention_rows(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def attention_by_head(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    What each word of a question attends to among the tokens of a set, in a decoder layer, without rotary positions: the
-    softmax over the tokens of (W_q n(e_t)) . (W_k n(z_i)) / sqrt(d) for each head, and of the heads the largest.
+    What each word of a question attends to among the tokens of a set, in a decoder layer, without rotary positions: for each
+    head the softmax over the tokens of (W_q n(e_t)) . (W_k n(z_i)) / sqrt(d).
 
     Args:
         layer: a decoder layer with `input_layernorm` and `self_attn` (`q_proj`, `k_proj`, `head_dim`, `scaling`, and `q_norm`
@@ -74,7 +75,7 @@ def attention_rows(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Te
         tokens: (N, L, H) projected visual tokens.
 
     Returns:
-        (N, T, L) fp32, in [0, 1].
+        (N, h, T, L) fp32; each row adds up to 1.
     """
     attention = layer.self_attn
     weight = attention.q_proj.weight
@@ -91,7 +92,12 @@ def attention_rows(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Te
     queries = queries.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (groups, h / groups * T, d)
     with torch.autocast(words.device.type, enabled=False):
         logits = queries @ keys.permute(0, 2, 3, 1) * attention.scaling  # (N, groups, h / groups * T, L)
-        return logits.softmax(-1).unflatten(2, (-1, len(words))).flatten(1, 2).amax(1)
+        return logits.softmax(-1).unflatten(2, (-1, len(words))).flatten(1, 2)
+
+
+def attention_rows(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(N, T, L) fp32, in [0, 1]: of `attention_by_head` the largest of all heads."""
+    return attention_by_head(layer, words, tokens).amax(1)
 
 
 def attention_relevance(rows: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Asks a question about a video or about images, and says what it cost.
 
 Examples:
-    python scripts/ask.py --video samples/motion.mp4 --question "which way does the red star move?"
+    python scripts/ask.py --video samples/video-1.mp4 --question "what colour is the square?"
     python scripts/ask.py --video clip.mp4 --question "what happens?" --model me/LLaVA-NeXT-Video-7B-ReDiPrune --compare
     python scripts/ask.py --image a.png b.png --question "what is the same in both?" --keep-ratio 0.25
     python scripts/ask.py --frames folder/ --question "how many circles are there?" --overlay kept.png --json

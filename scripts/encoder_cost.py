@@ -12,8 +12,8 @@ import statistics
 import time
 
 import torch
-from repository import environment
-from tflops import code, encoder
+from repository import code_module, environment
+from tflops import encoder
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -57,7 +57,7 @@ def main():
     torch.manual_seed(0)
     tower = CLIPVisionModel(config).to(args.device, getattr(torch, args.dtype)).eval()
     pixels = torch.randn(args.frames, 3, 336, 336, device=args.device, dtype=tower.dtype)
-    clip = code("clip_rediprune")
+    clip = code_module("clip_rediprune")
     layers = clip.transformer(tower).encoder.layers
     del layers[23:]  # the tapped features are the output of layer 23 of 24
     runs = {576: lambda: tower(pixels)}

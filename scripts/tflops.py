@@ -11,20 +11,10 @@ Examples:
 """
 
 import argparse
-import sys
-import types
-from importlib import import_module
 
-from repository import ROOT
+from repository import code_module
 
 CLIP_L_PATCHES = 576  # and 23 of its 24 layers run before the tapped features
-
-
-def code(name: str):
-    """A code file of the repository, imported as a part of the package that they form."""
-    package = sys.modules.setdefault("rediprune", types.ModuleType("rediprune"))
-    package.__path__ = [str(ROOT)]
-    return import_module(f"rediprune.{name}")
 
 
 def layer_macs(num_tokens: int, width: int, mlp_width: int) -> int:
@@ -41,7 +31,7 @@ def encoder(num_kept: int = CLIP_L_PATCHES, num_patches: int = CLIP_L_PATCHES, l
     """The same of the vision encoder for one frame whose patches merge to `num_kept` (EvoPrune, reconstruction)."""
     schedule = {}
     if num_kept < num_patches:
-        schedule = code("method_evoprune_rediprune").merging_schedule(num_patches, num_kept, layers)
+        schedule = code_module("method_evoprune_rediprune").merging_schedule(num_patches, num_kept, layers)
     total, tokens = 0, num_patches + 1
     for layer in range(layers):
         total += 4 * tokens * width**2 + 2 * tokens**2 * width
@@ -50,13 +40,17 @@ def encoder(num_kept: int = CLIP_L_PATCHES, num_patches: int = CLIP_L_PATCHES, l
     return total / 1e12
 
 
-def attention_relevance(visual_tokens: int, text_tokens: int, width: int = 4096, vision_width: int = 1024) -> float:
+def attention_relevance(
+    visual_tokens: int, question_tokens: int, layers_read=1, width=4096, mlp_width=11008, vision_width=1024
+) -> float:
     """
-    The same of relevance "attention": the projector and one key projection over all visual tokens, the queries of the
-    text, and their products.
+    The same of relevance "attention": the layers that read the question by itself, the projector and one key projection over
+    all visual tokens, the queries of the question, and their products.
     """
+    reading = layers_read * layer_macs(question_tokens, width, mlp_width)
     projector = visual_tokens * (vision_width * width + width**2)
-    return (projector + (visual_tokens + text_tokens) * width**2 + text_tokens * visual_tokens * width) / 1e12
+    comparing = (visual_tokens + question_tokens) * width**2 + question_tokens * visual_tokens * width
+    return (reading + projector + comparing) / 1e12
 
 
 def parse_arguments():
@@ -69,7 +63,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    count_kept = code("selection_rediprune").count_kept
+    count_kept = code_module("selection_rediprune").count_kept
     frames, text = args.frames, args.text
     native, unpooled = prefill(144 * frames, text), prefill(576 * frames, text)
     print(f"LLaVA-NeXT-Video-7B, {frames} frames, {text} text tokens, in 10^12 multiply-adds")

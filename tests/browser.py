@@ -123,6 +123,8 @@ class Browser:
     def resize(self, width: int, height: int, scheme: str = "dark"):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        # The page hears of it when it is drawn next.
+        self.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(() => drawn())))")
 
     def screenshot(self, path):
         picture = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from rediprune.methods_rediprune import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
@@ -71,6 +72,17 @@ def test_ask_compares_with_the_unpruned_model(monkeypatch, capsys, tmp_path):
         assert all(report[name]["seconds"][stage] > 0 for stage in ("reading the media", "vision encoder", "prefill"))
     assert report["pruned"]["seconds"]["selection"] > 0
     assert Image.open(overlay).size[0] > 500
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("medium", [("--video", "video-1.mp4"), ("--image", "image-1.png")], ids=["video", "image"])
+def test_ask_answers_with_every_method(monkeypatch, capsys, method, medium):
+    kind, name = medium
+    question = QUESTIONS[name][0]["question"]
+    report = ask(monkeypatch, capsys, kind, SAMPLES / name, "--question", question, "--method", method, "--keep-ratio", 0.3)
+    assert report["pruning"]["method"] == method and report["pruned"]["answer"]
+    share = {"none": 1, "prumerge_plus": 1}.get(method, 0.3)  # "plus" adds a grid that is everything from 1/6 on
+    assert report["pruned"]["visual_tokens"] == pytest.approx(share * report["visual_tokens_unpruned"], rel=0.1)
 
 
 def test_ask_takes_images_and_folders_of_frames(monkeypatch, capsys, tmp_path):
