@@ -759,19 +759,19 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             patches = _concatenate([medium.sets[index] for medium, index in sets])
             anchors = patches.pop("anchors", None)
             numbers = [len(medium.sets[index]["features"]) for medium, index in sets]
-            if num_kept == num_tokens:
-                features = patches["features"]
-                kept = torch.arange(num_tokens, device=features.device).expand(len(features), -1)
-            else:
+            features = patches["features"]
+            kept = torch.arange(num_tokens, device=features.device).expand(len(features), -1)
+            sizes = torch.ones(kept.shape, device=features.device)
+            if num_kept < num_tokens:
                 rows = [medium.row for (medium, _), number in zip(sets, numbers) for _ in range(number)]
                 tokens = self._visual_tokens(method, patches, words, rows, pruning, questions)
                 if seeds is not None:
                     tokens.seeds = [seed for medium, index in sets for seed in seeds[id(medium)][index]]
                 features, kept = method.reduce(tokens, num_kept, pruning)
+                if weigh:
+                    sizes = group_sizes(tokens.compared, kept, tokens.times, pruning.resolved("time_weight"))
             if weigh:
-                times = patches["times"].squeeze(-1) if "times" in patches else None
-                sizes = group_sizes(patches["features"], kept, times, pruning.resolved("time_weight")).split(numbers)
-                for (medium, index), sizes in zip(sets, sizes):
+                for (medium, index), sizes in zip(sets, sizes.split(numbers)):
                     medium.sizes[index] = sizes
             if anchors is not None:
                 kept = anchors.gather(1, kept)
@@ -795,7 +795,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         for name in patches.keys() & {"cls_attention", "last_cls_attention", "times"}:
             setattr(tokens, name, patches[name].squeeze(-1))
         reads = method.needs & {"relevance", "text_rows"} if words is not None else frozenset()
-        compares_projected = "compared" in method.needs and distance == "projected"
+        compares = "compared" in method.needs or pruning.resolved("proportional_attention")
+        compares_projected = compares and distance == "projected"
         reads_projected = reads and (relevance in ("projected", "attention") or "text_rows" in reads)
         if "projected" in method.needs or compares_projected or reads_projected:
             tokens.projected = self.model.multi_modal_projector(tokens.features)

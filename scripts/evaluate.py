@@ -30,6 +30,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -90,12 +91,13 @@ def setting(text: str) -> Setting:
 
 
 def keep_ratio(text: str) -> float:
+    """`"0.1"` or `"4/36"`: with a fraction of the tokens of a frame, what is pruned jointly keeps as many as what is not."""
     try:
-        value = float(text)
-    except ValueError:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
         value = 0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a keep ratio: give numbers in (0, 1], as in --ratios 0.25 0.1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a keep ratio: give numbers in (0, 1], as in --ratios 0.25 0.1 4/36")
     return value
 
 

@@ -78,7 +78,7 @@ def _overall(row: dict, timed: bool) -> list:
     right = percent(row["accuracy"])
     if seeds:
         right += f", mean of {len(seeds)} seeds ({percent(min(seeds))} to {percent(max(seeds))})"
-    cells = [row["setting"], f"{row['keep_ratio']:g}", f"{row['visual_tokens']:.1f}", right]
+    cells = [row["setting"], f"{row['keep_ratio']:.4g}", f"{row['visual_tokens']:.1f}", right]
     cells += [f"{percent(row['low'])} to {percent(row['high'])}", percent(row["agreement_with_unpruned"])]
     if timed and "time" in row:
         time = row["time"]
@@ -120,7 +120,7 @@ def markdown(report: dict) -> str:
         lines += table(header, [_overall(row, timed) for row in rows])
         lines += ["", "Right by type of question, in percent:", ""]
         by_type = [
-            [row["setting"], f"{row['keep_ratio']:g}", *(with_interval(row["by_type"][name]) for name in types)]
+            [row["setting"], f"{row['keep_ratio']:.4g}", *(with_interval(row["by_type"][name]) for name in types)]
             for row in rows
         ]
         lines += table(["setting", "keep ratio", *types], by_type)

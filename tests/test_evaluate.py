@@ -12,6 +12,7 @@ import torch
 import transformers
 from evaluate_questions import CONSTANT_QUERY, OtherQuery, Questions
 from evaluate_report import interval, mark_fronts, pareto_front, score
+from rediprune.configuration_rediprune import PruningConfig
 from repository import FeatureMemory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,6 +247,7 @@ def test_visual_tokens_are_counted(loaded):
         (["--ratios", "0.5", "half"], "'half' is not a keep ratio: give numbers in (0, 1]"),
         (["--ratios", "nan"], "'nan' is not a keep ratio"),
         (["--ratios", "0"], "'0' is not a keep ratio"),
+        (["--ratios", "1/0"], "'1/0' is not a keep ratio"),
         (["--settings", "magic"], "'magic': pruning key 'method' is 'magic', but must be one of 'rediprune'"),
         (["--settings", "rediprune,alpha"], "'alpha' is not KEY=VALUE"),
         (["--settings", "rediprune,alhpa=2"], "unknown pruning key 'alhpa'; allowed keys"),
@@ -283,3 +285,10 @@ def test_plots_of_a_report_without_token_counts(tmp_path):
     report = plots.read_report(ROOT / "docs" / "results" / "accuracy-image.json")
     (path,) = plots.draw_plots(report, tmp_path / "a")
     assert path.name == "a.image-tokens.png" and path.exists()
+
+
+@pytest.mark.parametrize("kept", range(1, 36))
+def test_a_fraction_keeps_as_many_jointly_as_frame_by_frame(kept):
+    ratio = importlib.import_module("evaluate").keep_ratio(f"{kept}/36")
+    count = PruningConfig(keep_ratio=ratio).count
+    assert count(8 * 36) == 8 * count(36) == 8 * kept

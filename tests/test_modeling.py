@@ -10,7 +10,7 @@ import torch
 import transformers
 from rediprune.geometry_rediprune import token_sets
 from rediprune.methods_rediprune import METHODS
-from rediprune.selection_rediprune import align_query, build_query, select_rediprune
+from rediprune.selection_rediprune import align_query, build_query, group_sizes, select_rediprune
 from tiny import (
     IMAGE_SIZE,
     PATCHES,
@@ -681,6 +681,17 @@ def test_kept_tokens_stand_for_all_of_their_set():
     assert (bias[~is_visual] == 0).all()
     torch.testing.assert_close(bias.exp().sum(1) - (~is_visual).sum(1), unpruned_tokens(media, len(bias)))
     assert pruned()[1].select_tokens(**inputs)[0].sizes is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("distance", ["features", "projected"])
+def test_tokens_stand_for_those_that_they_are_nearest_to(distance):
+    """Also for a method that measures no distances itself."""
+    processor, model = pruned(method="uniform", keep_ratio=0.3, distance=distance, proportional_attention=True)
+    (medium,) = model.select_tokens(**media_inputs(processor, "video"))
+    features = medium.sets[0]["features"]
+    compared = model.model.multi_modal_projector(features) if distance == "projected" else features
+    assert torch.equal(medium.sizes[0], group_sizes(compared, medium.kept[0]))
 
 
 def unpruned_tokens(media, rows):
