@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 transformers.logging.set_verbosity_error()
@@ -61,6 +62,13 @@ def fails(function, *args, **kwargs) -> str:
     return "no error"
 
 
+def pipeline_answer(repo) -> str:
+    pipe = transformers.pipeline("image-text-to-text", model=repo, trust_remote_code=True, device="cpu")
+    content = [{"type": "image", "image": Image.fromarray(pixels(32, 32, 3))}, {"type": "text", "text": QUESTION}]
+    chat = [{"role": "user", "content": content}]
+    return pipe(text=chat, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
+
+
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +110,7 @@ def load_by_id(repo, first) -> dict:
     return {
         "classes": classes,
         "parts": parts,
+        "pipeline": pipeline_answer(repo),
         "config": type(config).__name__,
         "auto_map": config.auto_map,
         "main": fingerprint(*load(repo)),
