@@ -9,9 +9,11 @@ import copy
 
 import pytest
 import torch
+import transformers
 from tiny import random_image, random_video, stock_twin, tiny_model, tiny_processor
 from transformers import CompileConfig, DynamicCache
 
+IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 IMAGE, VIDEO = 4, 5  # token ids
 NEW_TOKENS = 6
 
@@ -226,6 +228,7 @@ def test_going_on_from_a_cache_with_embeddings(model, inputs):
     assert torch.equal(found, new_tokens(model, inputs)[:, 3:])
 
 
+@pytest.mark.skipif(not IS_5, reason="generate of 4.57 stays at the last of them in every step, of the stock class, too")
 def test_positions_of_the_caller_are_those_of_the_pruned_prompt(model, inputs):
     found = new_tokens(model, {**inputs, "position_ids": positions(inputs)})
     assert torch.equal(found, new_tokens(model, inputs))
