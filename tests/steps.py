@@ -62,11 +62,13 @@ def fails(function, *args, **kwargs) -> str:
     return "no error"
 
 
-def pipeline_answer(repo) -> str:
+def pipeline_processor(repo) -> str:
+    """Which class a pipeline uses, after it has answered a chat."""
     pipe = transformers.pipeline("image-text-to-text", model=repo, trust_remote_code=True, device="cpu")
     content = [{"type": "image", "image": Image.fromarray(pixels(32, 32, 3))}, {"type": "text", "text": QUESTION}]
     chat = [{"role": "user", "content": content}]
-    return pipe(text=chat, max_new_tokens=4, return_full_text=False)[0]["generated_text"]
+    assert isinstance(pipe(text=chat, max_new_tokens=4, return_full_text=False)[0]["generated_text"], str)
+    return type(pipe.processor).__name__
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def load_by_id(repo, first) -> dict:
     return {
         "classes": classes,
         "parts": parts,
-        "pipeline": pipeline_answer(repo),
+        "pipeline": pipeline_processor(repo),
         "config": type(config).__name__,
         "auto_map": config.auto_map,
         "main": fingerprint(*load(repo)),

@@ -110,7 +110,7 @@ def check_loaded(loaded, pushed, repo="me/tiny"):
     kinds = {"AutoTokenizer": "PreTrainedTokenizerFast|TokenizersBackend", "AutoImageProcessor": "LlavaNextImageProcessor"}
     for name, kind in {**kinds, "AutoVideoProcessor": "LlavaNextVideoVideoProcessor"}.items():
         assert re.match(kind, loaded["parts"][name]), loaded["parts"]
-    assert loaded["pipeline"]
+    assert loaded["pipeline"] == "ReDiPruneProcessor"
     assert_same(loaded["pinned"], pushed["seen"])
     assert loaded["main"]["keep_ratio"] == 0.5 and loaded["branch"] == loaded["with token"] == 0.75
     assert loaded["main"]["prompt"] != pushed["seen"]["prompt"]
