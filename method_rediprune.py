@@ -26,7 +26,7 @@ class ReDiPrune(Method):
 
 class ReDiPrunePlus(ReDiPrune):
     """
-    The same rule with this project's own choices around it, not the paper's.
+    ReDiPrune with this project's own choices around it, not the paper's.
 
     The frames of a video share one budget; relevance and distance are measured in spaces that the checkpoint has aligned; to
     be far in time is also to be far; a kept token weighs in attention as much as the tokens that it stands for, and stands

@@ -1,7 +1,6 @@
 """LLaVA-NeXT-Video whose visual tokens are pruned between the vision encoder and the projector."""
 
 import contextlib
-import functools
 import itertools
 import os
 import zlib
@@ -14,7 +13,8 @@ import torch.nn.functional as F
 from transformers import LlavaNextVideoForConditionalGeneration
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoCausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .attention_rediprune import biased_mask
 from .clip_rediprune import encode_and_merge, read_attention, run_tower
@@ -276,7 +276,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         query_mask: Optional[torch.Tensor] = None,
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """
         As in the stock class, and:
@@ -467,7 +467,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
     # -- what the media of a prompt are -------------------------------------------------------------------------------
 
     def _pruning_of_call(self, keep_ratio) -> PruningConfig:
-        pruning = self.config.pruning.with_keep_ratio(None if keep_ratio is None else float(keep_ratio))
+        pruning = self.config.pruning.with_keep_ratio(_one_ratio(keep_ratio))
         # Read where it is used: flash attention takes gaps between positions for the borders of packed sequences.
         attention = self.config.text_config._attn_implementation or ""
         if pruning.prunes and pruning.resolved("positions") == "original" and "flash" in attention:
@@ -824,7 +824,18 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         return cosine_relevance(features, queries.to(features.device)[rows])
 
     def _attention_rows(self, pruning):
-        return functools.partial(attention_rows, self.model.language_model.layers[pruning.relevance_layer])
+        layer = self.model.language_model.layers[pruning.relevance_layer]
+        return lambda words, tokens: self._largest_of_all_heads(attention_rows(layer, words, tokens))
+
+    def _largest_of_all_heads(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of rows that are the largest of the heads of this process, the largest of all: tensor parallelism shares out the heads,
+        and every process has to keep the same tokens."""
+        mesh = getattr(self, "_device_mesh", None)  # set by transformers; 4.57 does not name its one dimension
+        names = None if mesh is None else mesh.mesh_dim_names or ("tp",)
+        if names and "tp" in names:
+            group = mesh.get_group(names.index("tp"))
+            torch.distributed.all_reduce(rows, torch.distributed.ReduceOp.MAX, group=group)
+        return rows
 
     def _project(self, media, pruning) -> Optional[torch.Tensor]:
         """The kept tokens of media of one kind, projected, in the order of their placeholders: (tokens, H)."""
@@ -860,6 +871,15 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             lengths = [num_unpruned(medium.grids, newlines=kind == "image") for medium in group]
             gaps = gaps + position_gaps(mask, [medium.offsets() for medium in group], lengths)
         return gaps
+
+
+def _one_ratio(keep_ratio) -> Optional[float]:
+    """The keep ratio of a call; pipelines with a batch size give a list, with that of each prompt."""
+    if isinstance(keep_ratio, (list, tuple)):
+        if len(set(keep_ratio)) != 1:
+            raise ValueError(f"keep_ratio is {keep_ratio!r}, but must be the same for all prompts of a batch")
+        keep_ratio = keep_ratio[0]
+    return None if keep_ratio is None else float(keep_ratio)
 
 
 def _check_pixels(pixels: dict) -> None:

@@ -2,15 +2,18 @@
 
 Every row does the thing for real on the CPU and compares with plain generation. Results go to OUTPUT.json, one entry for each
 version of transformers that the script was run with; OUTPUT.md is the table of all of them. A row whose package is not
-installed is written as such.
+installed is written as such. OTHER_PYTHON in the environment is an interpreter with the other line of transformers, which
+loads what this one publishes.
 
 Examples:
-    python scripts/check_ecosystem.py --output docs/ecosystem
+    OTHER_PYTHON=.venv-4/bin/python python scripts/check_ecosystem.py --output docs/ecosystem
+    python scripts/check_ecosystem.py --output docs/ecosystem --method rediprune_plus
     python scripts/check_ecosystem.py --output runs/ecosystem --model my-variant --rows offload serve
 """
 
 import argparse
 import base64
+import contextlib
 import copy
 import io
 import json
@@ -61,7 +64,7 @@ class Case:
         return model
 
     def answer(self, model, **kwargs) -> list:
-        inputs = self.inputs.to(model.device, model.dtype)
+        inputs = self.inputs_for(model)
         output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -74,7 +77,10 @@ class Case:
 
     @torch.no_grad()
     def logits(self, model) -> torch.Tensor:
-        return model(**self.inputs.to(model.device, model.dtype)).logits[0, -1].float()
+        return model(**self.inputs_for(model)).logits[0, -1].float()
+
+    def inputs_for(self, model):
+        return copy.copy(self.inputs).to(model.device, model.dtype)  # which changes what it is called on
 
     def close(self, model, limit: float) -> str:
         """Says how far the logits are from those of fp32, or raises."""
@@ -338,6 +344,63 @@ def wait_for(port: int, server, seconds: int = 600) -> None:
     raise AssertionError("the server did not start")
 
 
+@row("exported by `--copy` and `--link`, pushed, loaded by id on the other version")
+def published(case):
+    """On a Hub of this process; everything else happens in fresh ones."""
+    if not os.environ.get("OTHER_PYTHON"):
+        raise NotImplementedError("not run: OTHER_PYTHON names no interpreter")
+    sys.path.insert(0, str(ROOT / "tests"))
+    from hub_server import Hub
+
+    notes = []
+    with Hub() as hub, tempfile.TemporaryDirectory() as home:
+        hub.add_token("hf_me", "me")
+        hub.add_repository("me/stock", stock_files(case.folder))
+        variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_me", "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
+        pruning = case.model.config.pruning
+        for weights in ("--copy", "--link"):
+            name = weights.strip("-")
+            command = [sys.executable, str(ROOT / "scripts" / "export.py"), "me/stock", weights, "--method", pruning.method]
+            command += ["--keep-ratio", str(pruning.keep_ratio), "--output", f"{home}/{name}", "--push-to-hub", f"me/{name}"]
+            run_fresh(command, variables)
+            found = load_elsewhere(f"me/{name}", variables)
+            difference = (torch.tensor(found["logits"]) - case.logits(case.model)).abs().max().item()
+            if found["answer"] != case.expected or difference > 1e-4:
+                raise AssertionError(f"{name}: answers {found['answer']} instead of {case.expected}; logits differ by {difference}")
+            size = sum(path.stat().st_size for path in Path(home, name).iterdir())
+            same = "bit for bit" if difference == 0 else f"within {difference:.0e}"
+            notes.append(f"`{weights}` is {size / 1e6:.2f} MB, and on {found['version']} answers the same, its logits {same}")
+    return "; ".join(notes)
+
+
+def stock_files(folder: str) -> dict:
+    """The variant as the stock checkpoint that it was made from, with the names of the public ones; bytes by file name."""
+    files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".safetensors")}
+    config, processor = (json.loads(files[name]) for name in ("config.json", "processor_config.json"))
+    for values in (config, processor):
+        values.pop("auto_map")
+    config.pop("pruning")
+    config |= {"model_type": "llava_next_video", "architectures": ["LlavaNextVideoForConditionalGeneration"]}
+    processor["processor_class"] = "LlavaNextVideoProcessor"
+    return {**files, "config.json": json.dumps(config).encode(), "processor_config.json": json.dumps(processor).encode()}
+
+
+def run_fresh(command: list, variables: dict) -> str:
+    """What the command prints, in an environment without settings of the Hub other than `variables`."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    result = subprocess.run(command, capture_output=True, text=True, env={**own, **variables})
+    if result.returncode:
+        raise AssertionError(result.stderr.strip()[-300:])
+    return result.stdout
+
+
+def load_elsewhere(name: str, variables: dict) -> dict:
+    """Version, logits and answer of a variant that the other line loads by its id, with a cache of its own."""
+    with tempfile.TemporaryDirectory() as home:
+        command = [os.environ["OTHER_PYTHON"], __file__, "--show", "--model", name, "--output", "-"]
+        return json.loads(run_fresh(command, {**variables, "HF_HOME": home}).splitlines()[-1])
+
+
 # -- jobs of several processes -----------------------------------------------------------------------------------------
 
 
@@ -423,41 +486,54 @@ def run_rows(case, names) -> dict:
 NOTES = """
 ## What the tests run
 
-- **Pipelines** (`tests/test_pipelines.py`): `image-text-to-text` on both lines with chats about images, videos, several media and
-  several chats, batches of prompts, and streaming (`generate_kwargs={"streamer": ...}`); `any-to-any` on 5.x, streaming, too. A keep
-  ratio for one call: `processor_kwargs={"keep_ratio": 0.3}` for chats on 5.x, `keep_ratio=0.3` outside of a chat on both; chat
-  pipelines of 4.57 pass nothing on to the processor, so there it is set for the pipeline, in `pipe.processor.pruning.keep_ratio`
-  and `pipe.model.config.pruning.keep_ratio`.
-- **A Hub** on loopback (`tests/test_hub.py`): pushed, loaded by id, pinned, private, gated, moved, offline, linked, broken off.
-  Set `OTHER_PYTHON` to an interpreter with the other line of transformers, and each loads what the other pushed.
+- **Pipelines** (`tests/test_pipelines.py`): `image-text-to-text` on both lines and `any-to-any` on 5.x, with chats about images,
+  videos and several media, several chats, batches of prompts, and streaming (`generate_kwargs={"streamer": ...}`). A keep ratio for
+  one call: `processor_kwargs={"keep_ratio": 0.3}` for chats on 5.x, `keep_ratio=0.3` outside of a chat on both; chat pipelines of
+  4.57 pass nothing on to the processor, so there it is set for the pipeline, in `pipe.processor.pruning.keep_ratio` and
+  `pipe.model.config.pruning.keep_ratio`. A `batch_size` above 1 is for media of one kind and size, as with every model: pipelines
+  concatenate their pixels, and those of 4.57 cannot do it with videos.
+- **A Hub** on loopback (`tests/test_hub.py`): pushed, loaded by id through every Auto class, pinned, private, gated, moved, offline,
+  linked, broken off. Set `OTHER_PYTHON` to an interpreter with the other line of transformers, and each loads what the other pushed.
 - **Generation** (`tests/test_generation.py`): greedy, sampled, beams, sampled beams, several sequences, assisted, prompt lookup, no
   cache, dynamic, static and quantised (with quanto) caches, one compiled graph, going on from a cache, embeddings as a prompt, left
-  padding, streamers, and the shapes and values of scores, logits, states and attentions; offloaded caches on a GPU alone. The
-  reference is the stock class, which is handed the pruned prompt as embeddings. Contrastive search, group beams, constrained beams
-  and DoLa are not run: transformers loads their code from the Hub.
+  padding, positions of the caller, streamers, and the shapes and values of scores, logits, states and attentions; offloaded caches
+  on a GPU alone. The reference is the stock class, which is handed the pruned prompt as embeddings. Contrastive search, group beams,
+  constrained beams and DoLa are not run: transformers loads their code from the Hub.
 - **transformers' own tests** (`tests/test_transformers_suite.py`): `ModelTesterMixin` and `ConfigTester`, from the source archive
-  on PyPI. `GenerationTesterMixin` is not in that archive and was not run; the tests of generation above take its place.
+  on PyPI, at ratio 1, with half of the tokens, and with `rediprune_plus`. Whatever the stock class passes passes, but for four tests
+  whose reasons stand beside them. `GenerationTesterMixin` is not in that archive (which has `tests/*.py` and no folders) and was not
+  run; the tests of generation above take its place.
+- **What `rediprune_plus` cannot have** (`tests/test_modeling.py`): it adds to the logits of attention and leaves gaps between
+  positions, so flash attention and a sliding window are refused, with a message that says so.
 - **Serving engines**: the processor tells how many placeholders an image or video takes (`_get_num_multimodal_tokens`), which the
   tests compare with real prompts. No engine but `transformers serve` was run.
 """
 
 
-def as_table(record: dict) -> str:
+def as_document(record: dict) -> str:
     versions = sorted(record)
     lines = ["# What works with which version", "", "Measured by `scripts/check_ecosystem.py` on the CPU.", ""]
-    lines += ["| | " + " | ".join(f"transformers {version}" for version in versions) + " |", "|---" * (len(versions) + 1) + "|"]
-    for name, (title, _) in ROWS.items():
-        cells = []
-        for version in versions:
-            result = record[version]["rows"].get(name)
-            mark = "" if result is None else {True: "yes: ", False: "**no**: ", None: ""}[result["works"]]
-            cells.append("not run" if result is None else f"{mark}{result['note']}".replace("|", "\\|"))
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines.append("")
+    lines += as_table({version: record[version]["rows"] for version in versions})
     for version in versions:
         packages = ", ".join(f"{key} {value}" for key, value in record[version]["packages"].items())
         lines.append(f"transformers {version}: {packages}; {record[version]['environment']['date']}")
+    for method in sorted({method for entry in record.values() for method in entry.get("methods", {})}):
+        lines += ["", f"## The same with `method: {method}`", ""]
+        lines += as_table({version: record[version].get("methods", {}).get(method, {}) for version in versions})[:-1]
     return "\n".join(lines) + "\n" + NOTES
+
+
+def as_table(results: dict) -> list:
+    """The lines of a table with a column for each version, and an empty one."""
+    lines = ["| | " + " | ".join(f"transformers {version}" for version in results) + " |", "|---" * (len(results) + 1) + "|"]
+    for name, (title, _) in ROWS.items():
+        cells = []
+        for rows in results.values():
+            result = rows.get(name)
+            mark = "" if result is None else {True: "yes: ", False: "**no**: ", None: ""}[result["works"]]
+            cells.append("not run" if result is None else f"{mark}{result['note']}".replace("|", "\\|"))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def package_versions() -> dict:
@@ -472,12 +548,35 @@ def package_versions() -> dict:
     return found
 
 
+@contextlib.contextmanager
+def with_method(folder: str, method):
+    """A folder with the files of the variant and another method in config.json; the variant itself for `None`."""
+    if method is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="variant_") as copied:
+        for path in Path(folder).iterdir():
+            if path.is_file():
+                shutil.copyfile(path, Path(copied, path.name))
+        config = json.loads(Path(copied, "config.json").read_text())
+        config["pruning"] = {"method": method, "keep_ratio": config["pruning"]["keep_ratio"]}
+        Path(copied, "config.json").write_text(json.dumps(config))
+        yield copied
+
+
+def show(case) -> None:
+    logits = case.logits(case.model).tolist()
+    print(json.dumps({"version": transformers.__version__, "logits": logits, "answer": case.expected}))
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where the table goes: OUTPUT.json, OUTPUT.md")
     parser.add_argument("--model", default=str(ROOT), help="folder of a variant (default: this repository)")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
+    parser.add_argument("--method", help="another method than that of its config.json, with its own choices; a table of its own")
     parser.add_argument("--rank-job", help=argparse.SUPPRESS)
+    parser.add_argument("--show", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -488,16 +587,25 @@ def main():
     if args.rank_job:
         return run_rank_job(args.model, args.rank_job)
     try:
-        case = Case(args.model)
+        with with_method(args.model, args.method) as folder:
+            case = Case(folder)
+            if args.show:
+                return show(case)
+            write_results(args, case, run_rows(case, args.rows))
     except (OSError, ValueError) as error:
         fail(str(error))
+
+
+def write_results(args, case, rows: dict) -> None:
+    """Adds the rows to those of this version and method that OUTPUT.json has already."""
     path = Path(f"{args.output}.json")
     record = json.loads(path.read_text()) if path.exists() else {}
-    version = transformers.__version__
-    rows = {**record.get(version, {}).get("rows", {}), **run_rows(case, args.rows)}
-    record[version] = {"environment": environment(case.model), "packages": package_versions(), "rows": rows}
+    entry = record.setdefault(transformers.__version__, {"rows": {}})
+    entry |= {"environment": environment(case.model), "packages": package_versions()}
+    place = entry["rows"] if args.method is None else entry.setdefault("methods", {}).setdefault(args.method, {})
+    place.update(rows)
     write_whole(path, json.dumps(record, indent=2) + "\n")
-    write_whole(f"{args.output}.md", as_table(record))
+    write_whole(f"{args.output}.md", as_document(record))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,18 @@ Examples:
 
 import argparse
 import contextlib
+import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, snapshot_download
@@ -53,6 +56,7 @@ SMALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES, "LICENSE", "LIC
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CHUNK = 16 * 2**20
+CARD_TOKENS = 576  # those of a 336-pixel view, for an example of how many stay
 
 
 class ExportError(Exception):
@@ -138,12 +142,26 @@ def read_config(folder: Path) -> dict:
         raise ExportError(f"{folder} holds no config.json; pass the folder of a checkpoint") from error
     except ValueError as error:
         raise ExportError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    if values.get("model_type") != configuration.BASE_MODEL_TYPE:
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type != configuration.BASE_MODEL_TYPE:
         raise ExportError(
-            f"{folder} is a model of type {values.get('model_type')!r}, but only stock LLaVA-NeXT-Video checkpoints "
+            f"{folder} is a model of type {model_type!r}, but only stock LLaVA-NeXT-Video checkpoints "
             f"({configuration.BASE_MODEL_TYPE!r}) can be exported"
         )
+    try:
+        configuration.ReDiPruneConfig.from_dict(values)
+    except Exception as error:  # each line of transformers refuses nonsense in its own way
+        raise ExportError(f"{folder / 'config.json'} is not the config of a model: {error}") from error
     return values
+
+
+def weights_on_hub(base: str, commit: str) -> dict:
+    """Names and sizes of the files with the weights; empty where the Hub cannot be asked, as the cache knows no others."""
+    try:
+        files = HfApi().model_info(base, revision=commit, files_metadata=True).siblings
+    except Exception:  # connection errors are of another class in each generation of the client
+        return {}
+    return {file.rfilename: file.size for file in files if any(fnmatch(file.rfilename, pattern) for pattern in WEIGHT_PATTERNS)}
 
 
 def list_weights(folder: Path) -> list:
@@ -153,7 +171,7 @@ def list_weights(folder: Path) -> list:
         ExportError: a file is missing or truncated, or there are no safetensors files.
     """
     if (folder / INDEX).exists():
-        names = sorted(set(portability.read_json(folder / INDEX)["weight_map"].values()))
+        names = sorted(set(read_index(folder / INDEX).values()))
     elif (folder / WEIGHTS).exists():
         names = [WEIGHTS]
     else:
@@ -164,6 +182,14 @@ def list_weights(folder: Path) -> list:
     for name in names:
         check_safetensors(folder / name)
     return [*names, INDEX] if (folder / INDEX).exists() else names
+
+
+def read_index(path: Path) -> dict:
+    """Which file holds each tensor."""
+    try:
+        return dict(portability.read_json(path)["weight_map"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExportError(f"{path} is not an index of safetensors files; download it again") from error
 
 
 def check_safetensors(path: Path) -> None:
@@ -178,7 +204,7 @@ def check_safetensors(path: Path) -> None:
                 raise ValueError("its header goes beyond its end")
             header = json.loads(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, KeyError) as error:
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ExportError(f"{path} is not a whole safetensors file: {error}; download it again") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
@@ -227,7 +253,7 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
     if not (output / "chat_template.jinja").exists() and not _has_template(base_folder):
         shutil.copyfile(ROOT / "chat_template.jinja", output / "chat_template.jinja")
     if not (output / portability.PROCESSOR_FILE).exists():
-        portability.write_json(output / portability.PROCESSOR_FILE, _default_processor(config))
+        portability.write_json(output / portability.PROCESSOR_FILE, _default_processor(base))
     portability.make_portable(
         output, "ReDiPruneProcessor", {"AutoProcessor": configuration.AUTO_MAP["AutoProcessor"]}
     )
@@ -255,11 +281,12 @@ def _has_template(folder: Path) -> bool:
     return any("chat_template" in portability.read_json(path) for path in configs)
 
 
-def _default_processor(config: dict) -> dict:
+def _default_processor(values: dict) -> dict:
     """For old checkpoints without processor_config.json."""
+    config = configuration.ReDiPruneConfig.from_dict(values)
     return {
-        "patch_size": config["vision_config"]["patch_size"],
-        "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1,  # CLS
     }
 
@@ -285,17 +312,11 @@ def copy_weights(base_folder: Path, output: Path, names: list) -> None:
 def write_card(output: Path, name: str, base: str, base_folder: Path, config: dict, command: str) -> None:
     """README.md of the variant, which is its model card."""
     pruning, on_hub = config["pruning"], not Path(base).is_dir()
-    front = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
-    if on_hub:
-        front.append(f"base_model: {base}")
     licence = base_licence(base_folder)
-    front += [f"license: {licence}"] if licence else []
+    front = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
+    front += [f"base_model: {base}"] if on_hub else []
+    front += [f"{key}: {value}" for key, value in licence.items()]
     front += ["tags:", "- visual-token-pruning", "- rediprune", "- video"]
-    what = (
-        f"{pruning['keep_ratio']:.0%} of the visual tokens stay (method `{pruning['method']}`)"
-        if pruning["method"] != "none"
-        else "no visual token is dropped (method `none`)"
-    )
     weights = (
         f"This repository holds no weights: they are loaded from `{config['weights_from']}`"
         + (f" at commit `{config['weights_revision']}`." if config.get("weights_revision") else ".")
@@ -310,10 +331,9 @@ def write_card(output: Path, name: str, base: str, base_folder: Path, config: di
 
 # {name}
 
-{base_name} whose visual tokens are pruned between the vision encoder and the projector, without training: {what}. The rule is
-that of ReDiPrune ([arXiv 2603.24680](https://arxiv.org/abs/2603.24680)) unless the method says otherwise.
+{base_name} whose language model reads fewer visual tokens, without training. {describe_pruning(pruning)}
 
-{weights} Licence: {licence or "that of the base"}.
+{weights} Licence: {licence.get("license_name") or licence.get("license") or "that of the base"}.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor  # transformers 4.57: AutoModelForVision2Seq works, too
@@ -344,24 +364,28 @@ Another ratio for one call: `processor(..., keep_ratio=0.3)`. Another one for go
     (output / "README.md").write_text(text, encoding="utf-8")
 
 
-def base_licence(base_folder: Path):
-    """The licence that the base's card names; `None` if it names none."""
+def describe_pruning(pruning: dict) -> str:
+    """What stays, and by which rule: the method's own count, which is not the keep ratio for each of them, and its own words."""
+    block = configuration.PruningConfig.from_value(pruning)
+    method = configuration.METHODS[block.method]
+    kept = f"Of every {CARD_TOKENS} of them {block.count(CARD_TOKENS)} stay" if block.prunes else "As it stands, all of them stay"
+    rule = " ".join(inspect.getdoc(type(method)).partition("\n\n")[0].split())
+    return f"{kept} (`keep_ratio` {block.keep_ratio:g}, method `{block.method}`). The method: {rule}"
+
+
+def base_licence(base_folder: Path) -> dict:
+    """What the front matter of the base's card says of its licence: `license`, and name and link of one that is not listed."""
     card = base_folder / "README.md"
-    if not card.exists():
-        return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
-    found = front and re.search(r"^license:\s*(\S+)\s*$", front.group(1), re.MULTILINE)
-    return found.group(1) if found else None
+    front = card.exists() and re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    return dict(re.findall(r"^(license\w*):[ ]*(\S.*?)\s*$", front.group(1), re.MULTILINE)) if front else {}
 
 
 # -- writing and pushing -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def whole_folder(output, force: bool):
+def whole_folder(output):
     """A new folder that takes the place of `output` (`None`: of nothing) when the block ends well, and else goes away."""
-    if output is not None and output.exists():
-        check_replaceable(output, force)
     parent = None if output is None else output.absolute().parent
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
@@ -388,7 +412,7 @@ def check_replaceable(output: Path, force: bool) -> None:
         is_variant = portability.read_json(output / "config.json")["model_type"] == configuration.ReDiPruneConfig.model_type
     except (OSError, ValueError, KeyError):
         is_variant = output.is_dir() and not any(output.iterdir())
-    if not is_variant or (output / ".git").exists():
+    if not is_variant or (output / ".git").exists() or output.resolve() == ROOT:
         raise ExportError(f"{output} is not an exported variant, so --force does not replace it; choose another --output")
 
 
@@ -455,6 +479,8 @@ def export(args) -> None:
         raise ExportError("--push-to-hub needs a token that may write: log in with `hf auth login`, or set HF_TOKEN")
     if args.link and args.push_to_hub and Path(args.base).is_dir():
         raise ExportError(f"--link --push-to-hub: the weights in the folder {args.base} cannot be reached by others; use --copy")
+    if args.output is not None and args.output.exists():
+        check_replaceable(args.output, args.force)
     pruning = configuration.PruningConfig.from_value(args.pruning).to_dict()
     tower = pruning["text_tower"]
     if tower is not None and Path(tower).is_dir():
@@ -469,18 +495,13 @@ def export(args) -> None:
     link = {}
     if args.link:
         link = {"weights_from": args.base if commit else str(base_folder.resolve()), "weights_revision": commit}
-    name = args.push_to_hub or args.output.name
-    with whole_folder(None if args.dry_run else args.output, args.force) as folder:
+    name = args.push_to_hub or args.output.resolve().name
+    with whole_folder(None if args.dry_run else args.output) as folder:
         convert_files(base_folder, folder, pruning, **link)
         config = portability.read_json(folder / "config.json")
         write_card(folder, name, args.base, base_folder, config, command_line())
         if args.dry_run:
-            sizes = {} if args.link else {file: (base_folder / file).stat().st_size for file in weights}
-            print(f"would write to {' and '.join(str(place) for place in (args.output, args.push_to_hub) if place)}:")
-            print(list_files(folder, sizes))
-            if not args.link and commit is not None:
-                print("and the weights of the base")
-            return
+            return print_plan(args, folder, {} if args.link else sizes_of_weights(args.base, base_folder, commit))
         if not args.link:
             copy_weights(base_folder, folder, weights)
         if not args.no_check:
@@ -493,8 +514,22 @@ def export(args) -> None:
         print(f"written to {args.output}")
 
 
+def sizes_of_weights(base: str, base_folder: Path, commit) -> dict:
+    if commit is not None:
+        return weights_on_hub(base, commit)
+    return {name: (base_folder / name).stat().st_size for name in list_weights(base_folder)}
+
+
+def print_plan(args, folder: Path, weights: dict) -> None:
+    """What a run without --dry-run writes, and where."""
+    print(f"would write to {' and '.join(str(place) for place in (args.output, args.push_to_hub) if place)}:")
+    print(list_files(folder, weights))
+    if not args.link and not weights:
+        print("and the weights of the base")
+
+
 def command_line() -> str:
-    return " ".join(["python", "scripts/export.py", *sys.argv[1:]])
+    return shlex.join(["python", "scripts/export.py", *sys.argv[1:]])
 
 
 def main():

@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 transformers.logging.set_verbosity_error()
@@ -61,6 +62,15 @@ def fails(function, *args, **kwargs) -> str:
     return "no error"
 
 
+def pipeline_processor(repo) -> str:
+    """Which class a pipeline uses, after it has answered a chat."""
+    pipe = transformers.pipeline("image-text-to-text", model=repo, trust_remote_code=True, device="cpu")
+    content = [{"type": "image", "image": Image.fromarray(pixels(32, 32, 3))}, {"type": "text", "text": QUESTION}]
+    chat = [{"role": "user", "content": content}]
+    assert isinstance(pipe(text=chat, max_new_tokens=4, return_full_text=False)[0]["generated_text"], str)
+    return type(pipe.processor).__name__
+
+
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
@@ -95,8 +105,14 @@ def load_by_id(repo, first) -> dict:
         "model": transformers.AutoModelForImageTextToText.from_pretrained,
         "processor": AutoProcessor.from_pretrained,
     }.items()}
+    parts = {
+        auto_class.__name__: type(auto_class.from_pretrained(repo, trust_remote_code=True)).__name__
+        for auto_class in (transformers.AutoTokenizer, transformers.AutoImageProcessor, transformers.AutoVideoProcessor)
+    }
     return {
         "classes": classes,
+        "parts": parts,
+        "pipeline": pipeline_processor(repo),
         "config": type(config).__name__,
         "auto_map": config.auto_map,
         "main": fingerprint(*load(repo)),
@@ -175,6 +191,9 @@ def exports(script, cases) -> dict:
 
 
 def without_network(script, cases, variant) -> dict:
+    import time
+
+    time.sleep = lambda seconds: None  # the client waits between its attempts
     return {**exports(script, cases), **load_errors({"linked": variant})}
 
 

@@ -69,7 +69,7 @@ def test_everything_of_a_variant(base, tmp_path, capsys):
     assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     card = (tmp_path / "variant" / "README.md").read_text()
-    for piece in ("library_name: transformers", "pipeline_tag: image-text-to-text", "30% of the visual tokens", "uniform"):
+    for piece in ("library_name: transformers", "pipeline_tag: image-text-to-text", "576 of them 173 stay", "`uniform`"):
         assert piece in card
     assert f"in {len(names)} files" in capsys.readouterr().out
 
@@ -93,7 +93,39 @@ def test_into_the_repository_of_a_base_without_processor_file(base, tmp_path):
 def test_dry_run_writes_nothing(base, tmp_path, capsys):
     run(base, "--output", tmp_path / "variant", "--dry-run")
     assert leftovers(tmp_path) == []
-    assert "model.safetensors" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    run(base, "--output", tmp_path / "variant")
+    assert all(name in listed for name in leftovers(tmp_path / "variant"))
+    assert "--force" in refused(base, "--output", tmp_path / "variant", "--dry-run")
+
+
+def test_every_key_of_the_pruning_block_has_an_option(base, tmp_path):
+    """Each takes a value as JSON has it, and the block that is written is what was asked for."""
+    block = export.configuration.PruningConfig(
+        method="rediprune_plus", keep_ratio=0.3, scope="medium", relevance="projected", relevance_layer=0, time_weight=0.5,
+        distance="features", proportional_attention=False, candidate_pool="algorithm1", max_candidates=9, positions="compact",
+    ).to_dict()  # fmt: skip
+    options = [piece for key, value in block.items() for piece in (f"--{key.replace('_', '-')}", export.json.dumps(value))]
+    run(base, "--output", tmp_path / "variant", *(piece.strip('"') for piece in options))
+    assert json.loads((tmp_path / "variant" / "config.json").read_text())["pruning"] == block
+
+
+@pytest.mark.parametrize("method", export.configuration.METHODS)
+def test_the_card_says_what_the_method_does(method, base, tmp_path):
+    config = {"pruning": {"method": method, "keep_ratio": 0.125}}
+    export.write_card(tmp_path, "me/name", "you/base", base, config, "command")
+    card = (tmp_path / "README.md").read_text()
+    kept = {"prumerge_plus": "325 stay", "none": "all of them stay"}.get(method, "72 stay")
+    assert kept in card and f"(`keep_ratio` 0.125, method `{method}`)" in card and "base_model: you/base" in card
+
+
+def test_the_card_takes_the_licence_of_the_base(base, tmp_path):
+    (tmp_path / "base").mkdir()
+    licence = ["license: other", "license_name: some-terms", "license_link: LICENSE.txt"]
+    (tmp_path / "base" / "README.md").write_text("\n".join(["---", "language: en", *licence, "---", "license: none"]))
+    export.write_card(tmp_path, "me/name", "you/base", tmp_path / "base", {"pruning": {}}, "command")
+    card = (tmp_path / "README.md").read_text()
+    assert all(f"\n{line}\n" in card for line in licence) and "Licence: some-terms." in card
 
 
 def test_existing_output(base, tmp_path):
@@ -129,10 +161,13 @@ def test_disk_that_fills_up_midway(base, tmp_path, monkeypatch):
 
 def test_bad_bases(base, tmp_path):
     weights = (base / "model.safetensors").read_bytes()
+    nonsense = b'{"model_type": "llava_next_video", "text_config": 3}'
     cases = {
         ("llama",): broken(base, tmp_path / "a", config__json=b'{"model_type": "llama"}'),
         ("no config.json",): broken(base, tmp_path / "b", config__json=None),
         ("not JSON",): broken(base, tmp_path / "c", config__json=b"{"),
+        ("model of type None",): broken(base, tmp_path / "h", config__json=b"[]"),
+        ("not the config of a model",): broken(base, tmp_path / "i", config__json=nonsense),
         ("bytes, but its header says",): broken(base, tmp_path / "d", model__safetensors=weights[:-100]),
         ("not a whole safetensors file",): broken(base, tmp_path / "e", model__safetensors=b"12"),
         ("no model.safetensors",): broken(base, tmp_path / "f", model__safetensors=None),
@@ -152,6 +187,8 @@ def test_a_shard_that_is_missing(base, tmp_path):
     folder = broken(base, tmp_path / "base", model__safetensors=None)
     (folder / "model.safetensors.index.json").write_bytes(index)
     assert "model-00001-of-00002.safetensors" in refused(folder, "--output", tmp_path / "variant")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "not an index" in refused(folder, "--output", tmp_path / "variant")
 
 
 def test_sharded_weights_are_copied_with_their_index(base, tmp_path):

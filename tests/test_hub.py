@@ -5,6 +5,7 @@ Steps that cross transformers 4.57 and 5.x need the other line's interpreter in 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,10 @@ def check_loaded(loaded, pushed, repo="me/tiny"):
     assert loaded["config"] == "ReDiPruneConfig"
     assert set(loaded["auto_map"]) == AUTO_KEYS
     assert set(loaded["classes"].values()) == {"ReDiPruneLlavaNextVideoForConditionalGeneration"}
+    kinds = {"AutoTokenizer": "PreTrainedTokenizerFast|TokenizersBackend", "AutoImageProcessor": "LlavaNextImageProcessor"}
+    for name, kind in {**kinds, "AutoVideoProcessor": "LlavaNextVideoVideoProcessor"}.items():
+        assert re.match(kind, loaded["parts"][name]), loaded["parts"]
+    assert loaded["pipeline"] == "ReDiPruneProcessor"
     assert_same(loaded["pinned"], pushed["seen"])
     assert loaded["main"]["keep_ratio"] == 0.5 and loaded["branch"] == loaded["with token"] == 0.75
     assert loaded["main"]["prompt"] != pushed["seen"]["prompt"]
@@ -157,6 +162,8 @@ def add_folder(hub, name, folder, **kwargs):
 
 def test_linked_variant_on_the_hub(hub, base, variant, tmp_path):
     commit = add_folder(hub, "me/base", base)
+    planned = run_export("me/base", "--output", tmp_path / "planned", "--dry-run", hub=hub, home=tmp_path / "a")
+    assert re.search(r"\d kB  model.safetensors\n", planned) and not (tmp_path / "planned").exists()
     stdout = run_export(
         "me/base", "--link", "--keep-ratio", 0.25, "--push-to-hub", "me/linked", hub=hub, home=tmp_path / "a", check=True
     )
@@ -164,7 +171,7 @@ def test_linked_variant_on_the_hub(hub, base, variant, tmp_path):
     files = hub.repositories["me/linked"].commits[hub.repositories["me/linked"].branches["main"]]
     assert not any(name.endswith(".safetensors") for name in files)
     card = files["README.md"].data.decode()
-    for piece in ("base_model: me/base", "license: llama2", commit, "25% of the visual tokens", "export.py me/base --link"):
+    for piece in ("base_model: me/base", "license: llama2", commit, "576 of them 144 stay", "export.py me/base --link"):
         assert piece in card
     config = json.loads(files["config.json"].data)
     assert (config["weights_from"], config["weights_revision"]) == ("me/base", commit)

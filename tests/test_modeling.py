@@ -381,6 +381,10 @@ def test_the_ratio_of_a_call(model):
     as_tensor = processor(text="<video> where", videos=video, keep_ratio=0.5)
     as_tensor["keep_ratio"] = torch.tensor(as_tensor["keep_ratio"])
     assert torch.equal(model(**as_tensor).logits, half.logits)
+    as_list = {**as_tensor, "keep_ratio": [0.5]}  # as pipelines with a batch size give it
+    assert torch.equal(model(**as_list).logits, half.logits)
+    with pytest.raises(ValueError, match=r"keep_ratio is \[0.5, 0.3\], but must be the same"):
+        model(**{**as_tensor, "keep_ratio": [0.5, 0.3]})
 
 
 # -- a sample is the same alone and in a batch ------------------------------------------------------------------------
