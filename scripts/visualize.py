@@ -15,11 +15,10 @@ import argparse
 import json
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 
 from media import add_media_arguments, read_media
-from repository import FeatureMemory, add_model_arguments, environment, fail, load, parse_setting, write_whole
+from repository import FeatureMemory, add_model_arguments, environment, fail, load, output_prefix, parse_setting, write_whole
 from tqdm import tqdm
 from visualize_page import page
 from visualize_sheet import WIDTH, sheet
@@ -74,22 +73,6 @@ def keep_ratio(text: str) -> float:
     if not 0 < ratio <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number in (0, 1]")
     return ratio
-
-
-def output_prefix(text: str) -> Path:
-    """The path that the endings are put after; ends the program if nothing can be written there."""
-    path = Path(text)
-    if text.endswith(("/", "\\")) or path.is_dir():
-        fail(f"--output {text} is a folder; name the files in it, for example {path / 'kept'}")
-    if path.suffix in ENDINGS:
-        path = path.with_suffix("")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        fail(f"--output {text}: cannot write to {path.parent}: {error.strerror or error}")
-    return path
 
 
 def trace_all(args, model, prepared, blocks: dict) -> list:

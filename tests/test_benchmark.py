@@ -202,6 +202,9 @@ def test_a_prompt_that_is_too_long_is_a_row(tiny, monkeypatch, capsys):
     (["--new-tokens", 0], "--new-tokens 0: must be at least 1"),
     (["--repeats", 0], "--repeats 0: must be at least 1"),
     (["--plots"], "--plots needs --output"),
+    (["--device", "abacus"], "--device abacus: torch knows no such device; pass cpu, cuda"),
+    (["--output", "tests"], "--output tests is a folder; name the files in it, for example tests/results"),
+    (["--output", "pyproject.toml/results"], "--output pyproject.toml/results: cannot write to pyproject.toml"),
     (["--from", "nowhere.json"], "--from nowhere.json: cannot be read (No such file or directory)"),
 ])  # fmt: skip
 def test_wrong_arguments(monkeypatch, arguments, message):
@@ -211,6 +214,18 @@ def test_wrong_arguments(monkeypatch, arguments, message):
 def test_a_ratio_that_is_no_number(monkeypatch, capsys):
     refusal(monkeypatch, "--ratios", "many")
     assert "'many'" in capsys.readouterr().err
+
+
+def test_threads_that_cannot_be(monkeypatch, capsys):
+    refusal(monkeypatch, "--threads", "-1")
+    assert "'-1' is not a number of at least 1" in capsys.readouterr().err
+
+
+def test_a_second_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    message = refusal(monkeypatch, "--device", "cuda:1", "--selection")
+    assert "--device cuda:1: torch sees 1 GPU(s) here, of which the last is cuda:0" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -261,6 +261,12 @@ def test_evaluate_says_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, m
     assert message in refuse(monkeypatch, capsys, "--output", tmp_path / "a", *arguments)
 
 
+def test_evaluate_says_at_once_where_it_cannot_write(monkeypatch, capsys, tmp_path):
+    assert "is a folder; name the files in it" in refuse(monkeypatch, capsys, "--output", tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot write to" in refuse(monkeypatch, capsys, "--output", tmp_path / "file" / "a")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
