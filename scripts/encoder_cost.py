@@ -17,7 +17,16 @@ import time
 
 import torch
 from benchmark_tables import heading, milliseconds, spread, table
-from repository import DTYPES, at_least_one, code_module, environment, fail, output_prefix, use_device, write_whole
+from repository import (
+    DTYPES,
+    at_least_one,
+    code_module,
+    environment,
+    fail,
+    output_prefix,
+    use_device,
+    write_whole,
+)
 from tflops import CLIP_L_PATCHES, encoder
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel

@@ -18,7 +18,16 @@ import sys
 from pathlib import Path
 
 from media import add_media_arguments, read_media
-from repository import FeatureMemory, add_model_arguments, environment, fail, load, output_prefix, parse_setting, write_whole
+from repository import (
+    FeatureMemory,
+    add_model_arguments,
+    environment,
+    fail,
+    load,
+    output_prefix,
+    parse_setting,
+    write_whole,
+)
 from tqdm import tqdm
 from visualize_page import page
 from visualize_sheet import WIDTH, sheet
@@ -26,7 +35,7 @@ from visualize_trace import PreparedMedia, ratio_grid, trace
 
 DEFAULT_METHODS = ("rediprune", "divprune", "random")
 DEFAULT_RATIOS = (0.1, 0.25, 0.5)
-MAX_STEPS = 144
+MAX_STEPS = 288  # enough for the order of the picks among all tokens of a video of the embedded checkpoint
 ENDINGS = (".png", ".html", ".json")
 
 
@@ -49,7 +58,8 @@ def parse_arguments():
         "--steps",
         type=int,
         default=MAX_STEPS,
-        help="most stops of the slider; it has one for each token of a frame if there are no more (default: %(default)s)",
+        help="most stops of the slider; it has one for each token of the largest set, be it a frame or, of a method that "
+        "takes all frames jointly, a video, if there are no more (default: %(default)s)",
     )
     parser.add_argument(
         "--width", type=int, default=WIDTH, help="about how wide the contact sheet is, in pixels (default: %(default)s)"
