@@ -10,7 +10,7 @@ import benchmark
 import pytest
 import torch
 from benchmark_selection import compare, measure_size, plain_select
-from benchmark_tables import COLUMNS, markdown, spread, summarise
+from benchmark_tables import COLUMNS, _goal, markdown, spread, summarise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.selection_rediprune import select_rediprune
@@ -356,9 +356,25 @@ def test_the_selection_report(monkeypatch, tmp_path):
     ]  # fmt: skip
     assert (tmp_path / "selection.md").read_text() == markdown(report)
     assert "| 1 of 1 |" in markdown(report)
+    assert "| 1 of 1 | - |" in markdown(report)  # goals are for two threads
     report["rows"][2] |= {"identical_frames": 0, "frames_at_the_edge_of_a_tie": 1}
     assert "| 0 of 2, 1 at the edge of a tie, 1 DIFFERENT |" in markdown(report)
 
 
 def test_spread():
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+
+
+@pytest.mark.parametrize("run, size, ratio, speedup, milliseconds, goal", [
+    ({"device": "cpu", "threads": 2}, (32, 144), 0.1, 4.1, 5, "4 times: met"),
+    ({"device": "cpu", "threads": 2}, (32, 144), 0.15, 3.9, 5, "4 times: MISSED"),
+    ({"device": "cpu", "threads": 2}, (32, 144), 0.5, 3.9, 5, "not slower: met"),
+    ({"device": "cpu", "threads": 2}, (32, 576), 0.1, 2.0, 50, "2 times: met"),
+    ({"device": "cpu", "threads": 2}, (8, 576), 0.1, 0.9, 50, "not slower: MISSED"),
+    ({"device": "cpu", "threads": 1}, (32, 144), 0.1, 4.1, 5, "-"),
+    ({"device": "cuda:0", "threads": 8}, (32, 144), 0.1, 21, 0.9, "20 times, under 1 ms: met"),
+    ({"device": "cuda:0", "threads": 8}, (32, 144), 0.1, 21, 1.1, "20 times, under 1 ms: MISSED"),
+])  # fmt: skip
+def test_goals_of_the_selection(run, size, ratio, speedup, milliseconds, goal):
+    row = {"frames": size[0], "tokens": size[1], "keep_ratio": ratio}
+    assert _goal(row, speedup, milliseconds, run) == goal
