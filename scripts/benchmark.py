@@ -357,6 +357,7 @@ def write_report(report: dict, args) -> None:
 
 
 def main():
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself, and of GPUs that are not there, else
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     start = time.time()
