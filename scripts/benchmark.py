@@ -28,7 +28,18 @@ from pathlib import Path
 import torch
 import transformers
 from benchmark_tables import STAGES, markdown, summarise
-from repository import DTYPES, StageTimer, add_model_arguments, code_module, environment, fail, load, use_device, write_whole
+from repository import (
+    DTYPES,
+    StageTimer,
+    add_model_arguments,
+    code_module,
+    environment,
+    fail,
+    load,
+    output_prefix,
+    use_device,
+    write_whole,
+)
 from shapes import SHAPES, random_model, shape_config, shape_of
 from tflops import prefill
 from torch.profiler import ProfilerActivity, profile
@@ -96,6 +107,8 @@ def check_arguments(args) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < minimum:
                 fail(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+    if args.output:
+        args.output = output_prefix(args.output)
     if args.plots:
         if not args.output:
             fail("--plots needs --output, which says where they go")
@@ -333,7 +346,7 @@ def read_results(path) -> dict:
 
 
 def write_report(report: dict, args) -> None:
-    output = Path(args.output)
+    output = args.output
     write_whole(output.with_name(output.name + ".json"), json.dumps(report, indent=1) + "\n")
     write_whole(output.with_name(output.name + ".md"), markdown(report))
     if args.plots:
@@ -344,6 +357,7 @@ def write_report(report: dict, args) -> None:
 
 
 def main():
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself, and of GPUs that are not there, else
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     start = time.time()

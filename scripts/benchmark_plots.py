@@ -59,7 +59,10 @@ def _curves(pairs: list) -> dict:
 
 def _speedup(report, pruned):
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.5), sharey=True)
-    for axes, key, label in zip(panels, ("prefill_speedup", "end_to_end_speedup"), ("prefill", "end to end")):
+    layers, whole = report["layers"], ("end_to_end_speedup", "end to end")
+    if layers["language"] < layers["language_of"]:
+        whole = ("scaled_end_to_end_speedup", f"end to end, computed for {layers['language_of']} layers")
+    for axes, (key, label) in zip(panels, (("prefill_speedup", "prefill"), whole)):
         for name, curve in _curves(pruned).items():
             keep, values = [row["keep_ratio"] for row, _ in curve], [ratios[key] for _, ratios in curve]
             middle = [value["median"] for value in values]

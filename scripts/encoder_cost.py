@@ -3,29 +3,60 @@
 The encoder has the shape of CLIP ViT-L/14 at 336 pixels and random weights: neither its operations nor its time depend on them.
 Both sides run the layers up to the tapped one and no further.
 
-Example:
-    python scripts/encoder_cost.py --frames 8 --kept 144 86 58 22 14
+Examples:
+    python scripts/encoder_cost.py --output runs/encoder
+    python scripts/encoder_cost.py --frames 32 --kept 144 58 --device cuda --dtype float16
 """
 
 import argparse
-import statistics
+import json
+import os
+import shlex
+import sys
 import time
 
 import torch
-from repository import code_module, environment
-from tflops import encoder
+from benchmark_tables import heading, milliseconds, spread, table
+from repository import (
+    DTYPES,
+    at_least_one,
+    code_module,
+    environment,
+    fail,
+    output_prefix,
+    use_device,
+    write_whole,
+)
+from tflops import CLIP_L_PATCHES, encoder
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
+
+GPU = torch.cuda.is_available()
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--kept", type=int, nargs="+", default=[144, 86, 58, 22, 14], help="patches left of 576 in each frame")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float16" if torch.cuda.is_available() else "float32")
-    return parser.parse_args()
+    parser.add_argument("--output", help="where results go: OUTPUT.json, OUTPUT.md (default: the terminal alone)")
+    parser.add_argument("--frames", type=at_least_one, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--kept",
+        type=at_least_one,
+        nargs="+",
+        default=[144, 86, 58, 22, 14],
+        help="patches left of 576 in each frame (default: %(default)s)",
+    )
+    parser.add_argument("--repeats", type=at_least_one, default=10, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if GPU else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", default="float16" if GPU else "float32", choices=DTYPES, help="default: %(default)s")
+    parser.add_argument("--threads", type=at_least_one, help="CPU threads (default: as torch decides)")
+    args = parser.parse_args()
+    for kept in args.kept:
+        if kept >= CLIP_L_PATCHES:
+            fail(f"--kept {kept}: the encoder has {CLIP_L_PATCHES} patches, and all of them are always measured beside")
+    args.kept = list(dict.fromkeys(args.kept))
+    if args.output:
+        args.output = output_prefix(args.output)
+    return args
 
 
 def count_flops(function) -> int:
@@ -49,8 +80,8 @@ def time_in_turns(runs: dict, repeats: int, device: str) -> dict:
 
 
 @torch.inference_mode()
-def main():
-    args = parse_arguments()
+def measure(args) -> list:
+    """One row for the full encoder and one for each number of patches to merge to."""
     config = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
     )
@@ -60,21 +91,60 @@ def main():
     clip = code_module("clip_rediprune")
     layers = clip.transformer(tower).encoder.layers
     del layers[23:]  # the tapped features are the output of layer 23 of 24
-    runs = {576: lambda: tower(pixels)}
+    runs = {CLIP_L_PATCHES: lambda: tower(pixels)}
     for kept in args.kept:
         runs[kept] = lambda kept=kept: clip.encode_and_merge(tower, pixels, 23, kept)
     times = time_in_turns(runs, args.repeats, args.device)
-    full_flops, full_time = count_flops(runs[576]), statistics.median(times[576])
+    return [
+        {
+            "patches_left": kept,
+            "operations": count_flops(run),
+            "formula_share": encoder(kept) / encoder(),
+            "samples": [round(seconds, 7) for seconds in times[kept]],
+        }
+        for kept, run in runs.items()
+    ]
 
-    print({**environment(), "device": args.device, "dtype": args.dtype, "frames": args.frames})
-    header = "patches left, operations (10^12), of the full encoder, by formula, seconds (median and range), of the full"
-    print("| " + header.replace(", ", " | ") + " |\n" + "|---" * 6 + "|")
-    for kept, run in runs.items():
-        flops, median = count_flops(run), statistics.median(times[kept])
-        print(
-            f"| {kept} | {flops / 1e12:.3f} | {flops / full_flops:.1%} | {encoder(kept) / encoder():.1%} "
-            f"| {median:.4f} ({min(times[kept]):.4f} to {max(times[kept]):.4f}) | {median / full_time:.1%} |"
-        )
+
+def markdown(report: dict) -> str:
+    full = report["rows"][0]
+    lines = heading(report, f"Merging inside the vision encoder (EvoPrune, reconstruction), {report['frames']} frames")
+    lines[-1] += (
+        " The encoder of CLIP ViT-L/14 at 336 pixels up to the tapped layer, random weights. The share of time is that of "
+        "each turn; operations are two for a multiply-add."
+    )
+    rows = []
+    for row in report["rows"]:
+        share = spread([after / before for before, after in zip(full["samples"], row["samples"])])
+        cells = [str(row["patches_left"]), f"{row['operations'] / 1e9:.0f}", f"{row['operations'] / full['operations']:.1%}"]
+        cells += [f"{row['formula_share']:.1%}", milliseconds(spread(row["samples"]))]
+        rows.append([*cells, "{median:.1%} ({low:.1%} to {high:.1%})".format(**share)])
+    header = ["patches left of 576", "operations (GFLOP)", "of all", "by formula", "time (ms)", "of that of all"]
+    return "\n".join([*lines, "", *table(header, rows)]) + "\n"
+
+
+def main():
+    args = parse_arguments()
+    use_device(args)
+    start, load_before = time.time(), os.getloadavg()[0]
+    rows = measure(args)
+    machine = {**environment(), "device": args.device, "dtype": args.dtype}
+    if args.device.startswith("cuda"):
+        machine["gpu"] = torch.cuda.get_device_name(args.device)
+    report = {
+        "command": "python scripts/encoder_cost.py " + shlex.join(sys.argv[1:]),
+        "frames": args.frames,
+        "repeats": args.repeats,
+        "warmup": 1,
+        "environment": machine,
+        "load_average": {"before": load_before, "after": os.getloadavg()[0]},
+        "minutes": round((time.time() - start) / 60, 1),
+        "rows": rows,
+    }
+    if args.output:
+        write_whole(args.output.with_name(args.output.name + ".json"), json.dumps(report, indent=1) + "\n")
+        write_whole(args.output.with_name(args.output.name + ".md"), markdown(report))
+    print(markdown(report))
 
 
 if __name__ == "__main__":

@@ -31,13 +31,23 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from pathlib import Path
 
 import torch
 from evaluate_log import AnswerLog, JsonLines
 from evaluate_questions import OtherQuery, Questions, answer
 from evaluate_report import mark_fronts, markdown, score
-from repository import FeatureMemory, add_model_arguments, code_module, environment, fail, load, parse_setting, write_whole
+from repository import (
+    FeatureMemory,
+    add_model_arguments,
+    at_least_one,
+    code_module,
+    environment,
+    fail,
+    load,
+    output_prefix,
+    parse_setting,
+    write_whole,
+)
 from tqdm import tqdm
 
 DEFAULT_SETTINGS = ("rediprune", "rediprune,positions=original", "random", "random,positions=original", "uniform")
@@ -101,12 +111,6 @@ def keep_ratio(text: str) -> float:
     return value
 
 
-def at_least_one(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md, OUTPUT.answers.jsonl")
@@ -125,6 +129,7 @@ def parse_arguments():
     args.settings = args.settings or [setting(text) for text in DEFAULT_SETTINGS]
     args.settings = list({setting.text: setting for setting in args.settings}.values())
     args.ratios, args.kinds = list(dict.fromkeys(args.ratios)), list(dict.fromkeys(args.kinds))
+    args.output = output_prefix(args.output)
     if args.scenes == 1 and any(setting.query == "other" for setting in args.settings):
         parser.error("--scenes 1 has no question of another sample for query=other; give at least --scenes 2")
     return args
@@ -180,7 +185,7 @@ class Evaluation:
             "pruning": dict(args.pruning),
             "weights": float(sum(parameter.detach().double().abs().sum() for parameter in self.model.parameters())),
         }
-        self.output = Path(args.output)
+        self.output = args.output
         self.log = AnswerLog(self.output, fingerprint, processes.rank)
         machine = environment(self.model)
         machine.pop("date")

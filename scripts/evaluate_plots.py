@@ -7,12 +7,14 @@ Examples:
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from repository import fail
 
 NEEDED = {"kind", "setting", "keep_ratio", "accuracy", "low", "high"}
 MARKERS = "os^Dv<>PX*hp"
+MANY = 12  # settings in one panel
 
 
 def import_matplotlib():
@@ -64,10 +66,29 @@ def draw_plots(report: dict, output: Path) -> list:
     return paths
 
 
-def _settings(rows: list) -> list:
-    """The rows of each pruned setting."""
-    names = dict.fromkeys(row["setting"] for row in rows)
-    return [[row for row in rows if row["setting"] == name] for name in names if name != "unpruned"]
+def _panels(rows: list) -> dict:
+    """
+    The rows of every pruned setting by its label, best first, for each panel by its title: one for all settings, or, where they
+    are too many to tell apart, one for each way to number the tokens.
+    """
+    names = [name for name in dict.fromkeys(row["setting"] for row in rows) if name != "unpruned"]
+    groups = {name: sorted((row for row in rows if row["setting"] == name), key=_keep_ratio) for name in names}
+    names.sort(key=lambda name: -sum(row["accuracy"] for row in groups[name]) / len(groups[name]))
+    panels = {}
+    for name in names:
+        method, *changes = name.split(",")
+        positions = next((change for change in changes if change.startswith("positions=")), None)
+        if len(names) <= MANY:
+            title, label = "", name
+        else:
+            title = positions or "positions as the method has them"
+            label = ",".join([method, *(change for change in changes if change != positions)])
+        panels.setdefault(title, {})[label] = groups[name]
+    return panels
+
+
+def _keep_ratio(row: dict) -> float:
+    return row["keep_ratio"]
 
 
 def _percents(rows: list) -> tuple:
@@ -78,52 +99,90 @@ def _percents(rows: list) -> tuple:
     return values, [below, above]
 
 
-def _axes(pyplot, kind: str, x_label: str):
-    figure, axes = pyplot.subplots(figsize=(9, 5))
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("right answers (%), 95 % interval")
-    axes.set_title(f"held-out {kind}s")
-    axes.grid(alpha=0.3)
-    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
-    return figure, axes
+def _figure(pyplot, kind: str, x_label: str, panels: dict):
+    """A figure with axes for each panel, and for each label the colour and marker that it has in all of them."""
+    size = (9, 5 * len(panels))
+    figure, axes = pyplot.subplots(len(panels), figsize=size, sharex=True, sharey=True, squeeze=False, layout="tight")
+    for each, title in zip(axes[:, 0], panels):
+        each.set_ylabel("right answers (%), 95 % interval")
+        each.set_title(f"held-out {kind}s" + (f": {title}" if title else ""))
+        each.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel(x_label)
+    colours = pyplot.get_cmap("tab20").colors
+    # Pairs of the map's colours are shades of one: all dark ones first.
+    colours = (*colours[::2], *colours[1::2])
+    labels = dict.fromkeys(label for groups in panels.values() for label in groups)
+    styles = {
+        label: {
+            "color": colours[index % len(colours)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 5,
+            "capsize": 2,
+            "elinewidth": 0.8,
+        }
+        for index, label in enumerate(labels)
+    }
+    return figure, axes[:, 0], styles
+
+
+def _legend(axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
 
 
 def _against_tokens(pyplot, rows: list, kind: str):
     counted = all("visual_tokens" in row for row in rows)  # reports of earlier versions have the ratio alone
-    figure, axes = _axes(pyplot, kind, "visual tokens kept (mean of a question)" if counted else "keep ratio")
-    for index, group in enumerate(_settings(rows)):
-        group = sorted(group, key=lambda row: row["keep_ratio"])
-        values, bars = _percents(group)
-        places = [row["visual_tokens" if counted else "keep_ratio"] for row in group]
-        axes.errorbar(places, values, bars, marker=MARKERS[index % len(MARKERS)], capsize=2, label=group[0]["setting"])
-    for row in rows:
-        if row["setting"] == "unpruned":
-            axes.axhline(100 * row["accuracy"], color="black", linestyle="--", label="unpruned")
-    axes.set_xscale("log")
-    ticks = sorted({row["visual_tokens" if counted else "keep_ratio"] for row in rows if row["setting"] != "unpruned"})
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    measure = "visual_tokens" if counted else "keep_ratio"
+    panels = _panels(rows)
+    x_label = "visual tokens kept (mean of a question)" if counted else "keep ratio"
+    figure, all_axes, styles = _figure(pyplot, kind, x_label, panels)
+    ticks = _labelled([row[measure] for row in rows if row["setting"] != "unpruned"])
+    for axes, groups in zip(all_axes, panels.values()):
+        for row in rows:
+            if row["setting"] == "unpruned":
+                axes.axhline(100 * row["accuracy"], color="black", linestyle="--", label="unpruned")
+        for label, group in groups.items():
+            axes.errorbar([row[measure] for row in group], *_percents(group), label=label, **styles[label])
+        axes.set_xscale("log")
+        axes.set_xticks(*ticks)
+        axes.minorticks_off()
+        _legend(axes)
     return figure
+
+
+def _labelled(places: list) -> tuple:
+    """
+    Ticks at all places, and their texts: methods round their counts differently, and of ticks whose texts would run into one
+    another the most frequent has one.
+    """
+    numbers, labelled = Counter(places), []
+    for tick, _ in numbers.most_common():
+        if all(max(tick, other) > 1.12 * min(tick, other) for other in labelled):
+            labelled.append(tick)
+    return sorted(numbers), [f"{tick:.3g}" if tick in labelled else "" for tick in sorted(numbers)]
 
 
 def _against_time(pyplot, rows: list, kind: str):
     batch = rows[0]["time"]["batch"]
-    label = f"ms a question (batches of {batch}; pixels to answer, vision tower included), quartiles"
-    figure, axes = _axes(pyplot, kind, label)
+    panels = _panels(rows)
+    x_label = f"ms a question (batches of {batch}; pixels to answer, vision tower included), quartiles"
+    figure, all_axes, styles = _figure(pyplot, kind, x_label, panels)
     milliseconds = lambda row, key: 1000 * row["time"][key]  # noqa: E731
-    groups = [[row for row in rows if row["setting"] == "unpruned"], *_settings(rows)]
-    for index, group in enumerate(groups):
-        values, bars = _percents(group)
-        times = [milliseconds(row, "seconds_per_question") for row in group]
-        below = [time - milliseconds(row, "low") for time, row in zip(times, group)]
-        above = [milliseconds(row, "high") - time for time, row in zip(times, group)]
-        marker, name = MARKERS[index % len(MARKERS)], group[0]["setting"]
-        axes.errorbar(times, values, bars, [below, above], marker=marker, linestyle="", capsize=2, label=name)
+    unpruned = [row for row in rows if row["setting"] == "unpruned"]
     front = sorted((row for row in rows if row.get("on_pareto_front")), key=lambda row: row["time"]["seconds_per_question"])
-    times = [milliseconds(row, "seconds_per_question") for row in front]
-    axes.plot(times, [100 * row["accuracy"] for row in front], color="black", linewidth=1, zorder=0, label="Pareto front")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    for axes, groups in zip(all_axes, panels.values()):
+        axes.plot(
+            [milliseconds(row, "seconds_per_question") for row in front],
+            [100 * row["accuracy"] for row in front],
+            color="black", linewidth=1, zorder=0, label="Pareto front" if len(panels) == 1 else "Pareto front of all",
+        )  # fmt: skip
+        for label, group in {"unpruned": unpruned, **groups}.items():
+            times = [milliseconds(row, "seconds_per_question") for row in group]
+            below = [time - milliseconds(row, "low") for time, row in zip(times, group)]
+            above = [milliseconds(row, "high") - time for time, row in zip(times, group)]
+            style = styles.get(label, {"color": "black", "marker": "x"})
+            # The thin line goes from one keep ratio of a setting to the next.
+            axes.errorbar(times, *_percents(group), [below, above], linewidth=0.4, label=label, **style)
+        _legend(axes)
     return figure
 
 

@@ -18,6 +18,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 TOWER_FIELDS = {"cls_attention", "keys", "last_cls_attention", "last_keys"}  # what a method may need of the vision tower
+ENDINGS = (".json", ".md", ".png", ".html")  # of result files
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,7 +43,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: as the checkpoint says")
     group.add_argument("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"])
-    group.add_argument("--threads", type=int, help="CPU threads (default: as torch decides)")
+    group.add_argument("--threads", type=at_least_one, help="CPU threads (default: as torch decides)")
     group.add_argument(
         "--pruning",
         type=key_value,
@@ -51,6 +52,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any key of config.json's pruning block, e.g. --pruning alpha=1.0 --pruning positions=original; repeatable",
     )
+
+
+def at_least_one(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def key_value(text: str) -> tuple:
@@ -75,11 +82,20 @@ def parse_setting(text: str) -> dict:
 
 
 def use_device(args) -> None:
-    """Sets the number of threads, and refuses a GPU that is not there."""
+    """Sets the number of threads, and refuses a device that is not there."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        fail(f"--device {args.device}: torch knows no such device; pass cpu, cuda or, of several GPUs, cuda:1")
+    if device.type != "cuda":
+        return
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not number:
         fail(f"--device {args.device}: torch sees no GPU here; pass --device cpu")
+    if device.index is not None and device.index >= number:
+        fail(f"--device {args.device}: torch sees {number} GPU(s) here, of which the last is cuda:{number - 1}")
 
 
 def load(args, pruning: dict = None) -> tuple:
@@ -122,6 +138,22 @@ def _cpu_name() -> str:
     except OSError:
         return "unknown"
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def output_prefix(text: str) -> Path:
+    """The path that the endings of results are put after. Ends the program, before any work, if nothing can be written there."""
+    path = Path(text)
+    if text.endswith(("/", "\\")) or path.is_dir():
+        fail(f"--output {text} is a folder; name the files in it, for example {path / 'results'}")
+    if path.suffix in ENDINGS:
+        path = path.with_suffix("")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        fail(f"--output {text}: cannot write to {path.parent}: {error.strerror or error}")
+    return path
 
 
 def write_whole(path, content) -> None:

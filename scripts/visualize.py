@@ -15,11 +15,19 @@ import argparse
 import json
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 
 from media import add_media_arguments, read_media
-from repository import FeatureMemory, add_model_arguments, environment, fail, load, parse_setting, write_whole
+from repository import (
+    FeatureMemory,
+    add_model_arguments,
+    environment,
+    fail,
+    load,
+    output_prefix,
+    parse_setting,
+    write_whole,
+)
 from tqdm import tqdm
 from visualize_page import page
 from visualize_sheet import WIDTH, sheet
@@ -27,7 +35,7 @@ from visualize_trace import PreparedMedia, ratio_grid, trace
 
 DEFAULT_METHODS = ("rediprune", "divprune", "random")
 DEFAULT_RATIOS = (0.1, 0.25, 0.5)
-MAX_STEPS = 144
+MAX_STEPS = 288  # enough for the order of the picks among all tokens of a video of the embedded checkpoint
 ENDINGS = (".png", ".html", ".json")
 
 
@@ -50,7 +58,8 @@ def parse_arguments():
         "--steps",
         type=int,
         default=MAX_STEPS,
-        help="most stops of the slider; it has one for each token of a frame if there are no more (default: %(default)s)",
+        help="most stops of the slider; it has one for each token of the largest set, be it a frame or, of a method that "
+        "takes all frames jointly, a video, if there are no more (default: %(default)s)",
     )
     parser.add_argument(
         "--width", type=int, default=WIDTH, help="about how wide the contact sheet is, in pixels (default: %(default)s)"
@@ -74,22 +83,6 @@ def keep_ratio(text: str) -> float:
     if not 0 < ratio <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number in (0, 1]")
     return ratio
-
-
-def output_prefix(text: str) -> Path:
-    """The path that the endings are put after; ends the program if nothing can be written there."""
-    path = Path(text)
-    if text.endswith(("/", "\\")) or path.is_dir():
-        fail(f"--output {text} is a folder; name the files in it, for example {path / 'kept'}")
-    if path.suffix in ENDINGS:
-        path = path.with_suffix("")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        fail(f"--output {text}: cannot write to {path.parent}: {error.strerror or error}")
-    return path
 
 
 def trace_all(args, model, prepared, blocks: dict) -> list:

@@ -169,11 +169,12 @@ def watched(model):
 
 
 def ratio_grid(model, prepared: PreparedMedia, pruning, asked, max_steps: int) -> list:
-    """The ratios that are asked for, and one for each count of the largest frame or view, but at most `max_steps`."""
+    """The ratios that are asked for, and one for each count of the largest set of tokens, but at most `max_steps`."""
     inputs = prepared.inputs("?", pruning.with_keep_ratio(1.0))
     model.config.pruning = pruning
+    pruned, token_sets = pruning.with_keep_ratio(asked[0]), code_module("geometry_rediprune").token_sets
     media = model.select_tokens(**inputs)
-    steps = min(max_steps, max(grid.tokens_per_set for medium in media for grid in medium.grids))
+    steps = min(max_steps, max(size for medium in media for _, size in token_sets(medium.grids, pruned)))
     return sorted({*asked, *((step + 1) / steps for step in range(steps))})
 
 

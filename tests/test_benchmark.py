@@ -10,7 +10,7 @@ import benchmark
 import pytest
 import torch
 from benchmark_selection import compare, measure_size, plain_select
-from benchmark_tables import COLUMNS, markdown, spread, summarise
+from benchmark_tables import COLUMNS, _goal, markdown, spread, summarise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.selection_rediprune import select_rediprune
@@ -202,6 +202,9 @@ def test_a_prompt_that_is_too_long_is_a_row(tiny, monkeypatch, capsys):
     (["--new-tokens", 0], "--new-tokens 0: must be at least 1"),
     (["--repeats", 0], "--repeats 0: must be at least 1"),
     (["--plots"], "--plots needs --output"),
+    (["--device", "abacus"], "--device abacus: torch knows no such device; pass cpu, cuda"),
+    (["--output", "tests"], "--output tests is a folder; name the files in it, for example tests/results"),
+    (["--output", "pyproject.toml/results"], "--output pyproject.toml/results: cannot write to pyproject.toml"),
     (["--from", "nowhere.json"], "--from nowhere.json: cannot be read (No such file or directory)"),
 ])  # fmt: skip
 def test_wrong_arguments(monkeypatch, arguments, message):
@@ -211,6 +214,18 @@ def test_wrong_arguments(monkeypatch, arguments, message):
 def test_a_ratio_that_is_no_number(monkeypatch, capsys):
     refusal(monkeypatch, "--ratios", "many")
     assert "'many'" in capsys.readouterr().err
+
+
+def test_threads_that_cannot_be(monkeypatch, capsys):
+    refusal(monkeypatch, "--threads", "-1")
+    assert "'-1' is not a number of at least 1" in capsys.readouterr().err
+
+
+def test_a_second_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    message = refusal(monkeypatch, "--device", "cuda:1", "--selection")
+    assert "--device cuda:1: torch sees 1 GPU(s) here, of which the last is cuda:0" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -341,9 +356,25 @@ def test_the_selection_report(monkeypatch, tmp_path):
     ]  # fmt: skip
     assert (tmp_path / "selection.md").read_text() == markdown(report)
     assert "| 1 of 1 |" in markdown(report)
+    assert "| 1 of 1 | - |" in markdown(report)  # goals are for two threads
     report["rows"][2] |= {"identical_frames": 0, "frames_at_the_edge_of_a_tie": 1}
     assert "| 0 of 2, 1 at the edge of a tie, 1 DIFFERENT |" in markdown(report)
 
 
 def test_spread():
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0}
+
+
+@pytest.mark.parametrize("run, size, ratio, speedup, milliseconds, goal", [
+    ({"device": "cpu", "threads": 2}, (32, 144), 0.1, 4.1, 5, "4 times: met"),
+    ({"device": "cpu", "threads": 2}, (32, 144), 0.15, 3.9, 5, "4 times: MISSED"),
+    ({"device": "cpu", "threads": 2}, (32, 144), 0.5, 3.9, 5, "not slower: met"),
+    ({"device": "cpu", "threads": 2}, (32, 576), 0.1, 2.0, 50, "2 times: met"),
+    ({"device": "cpu", "threads": 2}, (8, 576), 0.1, 0.9, 50, "not slower: MISSED"),
+    ({"device": "cpu", "threads": 1}, (32, 144), 0.1, 4.1, 5, "-"),
+    ({"device": "cuda:0", "threads": 8}, (32, 144), 0.1, 21, 0.9, "20 times, under 1 ms: met"),
+    ({"device": "cuda:0", "threads": 8}, (32, 144), 0.1, 21, 1.1, "20 times, under 1 ms: MISSED"),
+])  # fmt: skip
+def test_goals_of_the_selection(run, size, ratio, speedup, milliseconds, goal):
+    row = {"frames": size[0], "tokens": size[1], "keep_ratio": ratio}
+    assert _goal(row, speedup, milliseconds, run) == goal

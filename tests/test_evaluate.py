@@ -263,6 +263,12 @@ def test_evaluate_says_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, m
     assert message in refuse(monkeypatch, capsys, "--output", tmp_path / "a", *arguments)
 
 
+def test_evaluate_says_at_once_where_it_cannot_write(monkeypatch, capsys, tmp_path):
+    assert "is a folder; name the files in it" in refuse(monkeypatch, capsys, "--output", tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot write to" in refuse(monkeypatch, capsys, "--output", tmp_path / "file" / "a")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -292,3 +298,24 @@ def test_a_fraction_keeps_as_many_jointly_as_frame_by_frame(kept):
     ratio = importlib.import_module("evaluate").keep_ratio(f"{kept}/36")
     count = PruningConfig(keep_ratio=ratio).count
     assert count(8 * 36) == 8 * count(36) == 8 * kept
+
+
+def test_many_settings_get_a_panel_for_each_way_to_number_tokens():
+    plots = importlib.import_module("evaluate_plots")
+    names = [f"m{number},positions={which}" for number in range(8) for which in ("compact", "original")]
+    names += ["m1", "m1,alpha=2,positions=original"]
+    rows = [
+        {"setting": name, "keep_ratio": ratio, "accuracy": ratio + 0.01 * names.index(name)}
+        for name in names
+        for ratio in (0.5, 0.1)
+    ]
+    panels = plots._panels([{"setting": "unpruned", "keep_ratio": 1, "accuracy": 1}, *rows])
+    assert set(panels) == {"positions=compact", "positions=original", "positions as the method has them"}
+    assert list(panels["positions=original"])[:2] == ["m1,alpha=2", "m7"]  # best first
+    assert [row["keep_ratio"] for row in panels["positions=compact"]["m3"]] == [0.1, 0.5]
+    assert list(plots._panels(rows[:20])) == [""] and "m0,positions=compact" in plots._panels(rows[:20])[""]
+
+
+def test_of_close_ticks_the_most_frequent_has_a_text():
+    labelled = importlib.import_module("evaluate_plots")._labelled
+    assert labelled([14, 16, 16, 29, 32, 32, 72]) == ([14, 16, 29, 32, 72], ["14", "16", "", "32", "72"])

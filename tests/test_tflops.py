@@ -1,6 +1,10 @@
 """The TFLOPs of the ReDiPrune paper's tables, to the digits that it prints; text lengths are those of the benchmarks' questions
 plus the prompt template, where the paper leaves them open."""
 
+import json
+import sys
+
+import encoder_cost
 import pytest
 import torch
 from encoder_cost import count_flops
@@ -57,3 +61,27 @@ def test_counted_flops_of_the_encoder():
     whole, merged = (count_flops(lambda: encode_and_merge(tower, pixels, 5, kept)) for kept in (64, 9))  # noqa: B023
     expected = 2e12 * (encoder(64, **sizes) - encoder(9, **sizes))
     assert 0.9 * expected < whole - merged < expected
+
+
+def encoder_report(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["encoder_cost.py", *map(str, arguments)])
+    encoder_cost.main()
+
+
+def test_the_encoder_report(monkeypatch, tmp_path):
+    rows = [
+        {"patches_left": left, "operations": operations, "formula_share": 1e-12 * operations, "samples": samples}
+        for left, operations, samples in ((576, 10**12, [1.0, 4.0, 2.0]), (58, 4 * 10**11, [0.5, 1.0, 1.5]))
+    ]
+    monkeypatch.setattr(encoder_cost, "measure", lambda args: rows)
+    encoder_report(monkeypatch, "--kept", 58, "--repeats", 3, "--device", "cpu", "--output", tmp_path / "encoder")
+    report = json.loads((tmp_path / "encoder.json").read_text())
+    assert report["rows"] == rows and report["environment"]["dtype"] and report["environment"]["date"]
+    text = (tmp_path / "encoder.md").read_text()
+    assert text == encoder_cost.markdown(report) and "Command: `python scripts/encoder_cost.py --kept 58" in text
+    assert "| 58 | 400 | 40.0% | 40.0% | 1000 (500 to 1500) | 50.0% (25.0% to 75.0%) |" in text
+
+
+def test_an_encoder_that_merges_nothing_is_refused(monkeypatch):
+    with pytest.raises(SystemExit, match="--kept 576: the encoder has 576 patches"):
+        encoder_report(monkeypatch, "--kept", 576)

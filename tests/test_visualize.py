@@ -59,7 +59,9 @@ class Case:
 
 
 @pytest.mark.parametrize("media", [VIDEO, IMAGE, IMAGES], ids=["video", "image", "images"])
-@pytest.mark.parametrize("setting", ["rediprune", "divprune", "prumerge_plus", "rediprune,pooling=skip"])
+@pytest.mark.parametrize(
+    "setting", ["rediprune", "rediprune_plus", "divprune", "prumerge_plus", "rediprune,pooling=skip"]
+)
 def test_prompts_are_those_of_the_processor(loaded, media, setting):
     case = Case(loaded, media, setting)
     for ratio in (0.1, 0.5, 1.0):
@@ -71,7 +73,8 @@ def test_prompts_are_those_of_the_processor(loaded, media, setting):
 
 @pytest.mark.parametrize("media", [VIDEO, IMAGE, IMAGES], ids=["video", "image", "images"])
 @pytest.mark.parametrize(
-    "setting", ["rediprune", "divprune", "visionzip", "trim", "random", "mmtok", "rediprune,pooling=skip"]
+    "setting",
+    ["rediprune", "rediprune_plus", "divprune", "visionzip", "trim", "random", "mmtok", "rediprune,pooling=skip"],
 )
 def test_a_trace_says_what_the_model_keeps(loaded, media, setting):
     case = Case(loaded, media, setting)
@@ -119,26 +122,29 @@ def test_where_a_trace_is_exact_its_ranks_are_the_order_of_the_picks(loaded, med
 
 
 @pytest.mark.parametrize(
-    "setting, nested, exact",
+    "setting, steps, nested, exact",
     [
-        ("divprune,scope=frame", True, True),
-        ("scope", True, True),
-        ("random", True, True),
-        ("divprune", True, False),  # eight tokens come in at each stop, from all frames together
-        ("uniform", False, False),
-        ("rediprune,candidate_pool=algorithm1", False, False),
+        ("divprune,scope=frame", 144, True, True),
+        ("scope", 144, True, True),
+        ("random", 144, True, True),
+        ("divprune", 144, True, False),  # two tokens come in at each stop, from all frames together
+        ("divprune", 288, True, True),
+        ("rediprune_plus", 288, True, True),
+        ("uniform", 144, False, False),
+        ("rediprune,candidate_pool=algorithm1", 144, False, False),
     ],
 )
-def test_an_order_is_claimed_only_where_there_is_one(loaded, setting, nested, exact):
-    item = Case(loaded, VIDEO, setting).trace()
+def test_an_order_is_claimed_only_where_there_is_one(loaded, setting, steps, nested, exact):
+    item = Case(loaded, VIDEO, setting).trace(steps=steps)
     assert (item.nested, item.exact) == (nested, exact)
-    assert item.joint == (setting == "divprune")
+    assert item.joint == (setting in ("divprune", "rediprune_plus"))
     for token in range(0, item.num_tokens, 17):
         steps = np.flatnonzero(item.masks[:, token])
         assert item.entry[token] == steps[0]
         assert not nested or steps.tolist() == list(range(steps[0], len(item.ratios)))
     if exact:
-        assert all(sorted(item.rank[part]) == list(range(1, 37)) for part in item.set_slices)
+        in_a_set = 288 if item.joint else 36
+        assert all(sorted(item.rank[part]) == list(range(1, in_a_set + 1)) for part in item.set_slices)
 
 
 @pytest.mark.parametrize("media", [VIDEO, IMAGES], ids=["video", "images"])
@@ -150,7 +156,8 @@ def test_what_a_method_looks_at_is_at_its_token(loaded, media):
         kept = item.masks[step][part]
         chosen = np.sort(item.look[part][kept])[1:]
         assert chosen.min() >= np.sort(item.look[part][~kept])[-1] - 1e-5
-    for setting, name in (("visionzip", "cls_attention"), ("mmtok", "text_rows"), ("uniform", None), ("evoprune", None)):
+    names = {"rediprune_plus": "relevance", "visionzip": "cls_attention", "mmtok": "text_rows", "uniform": None, "evoprune": None}
+    for setting, name in names.items():
         item = Case(loaded, media, setting).trace(steps=4)
         assert item.look_name == name and (item.look is None) == (name is None)
 
@@ -304,8 +311,8 @@ def test_the_slider_draws_as_many_patches_as_the_processor_counts(opened, loaded
     for side in (0, 1):
         choose(opened, side, "method", index)
     ratios = opened.evaluate("data.ratios")
-    assert opened.evaluate("Number(document.getElementById('ratio').max)") == len(ratios) - 1 == 36
-    for stop in range(0, len(ratios), 4):
+    assert opened.evaluate("Number(document.getElementById('ratio').max)") == len(ratios) - 1 == 288  # DivPrune's set
+    for stop in range(0, len(ratios), 32):
         opened.evaluate(
             f"""(() => {{ const box = document.getElementById('ratio');
             box.value = {stop}; box.dispatchEvent(new Event('input')); }})()"""
