@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from transformers import LlavaNextVideoForConditionalGeneration
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoCausalLMOutputWithPast
+from transformers.models.llava_next_video.modeling_llava_next_video import (
+    LlavaNextVideoCausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 

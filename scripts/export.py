@@ -28,7 +28,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from repository import ROOT, code_module, fail, json_or_string
 from tqdm import tqdm
 

@@ -36,17 +36,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import (
-    AutoProcessor,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaNextImageProcessor,
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,
-)
-
 from toy_world import (
     COLOURS,
     FRAME_SIZE,
@@ -65,6 +54,16 @@ from toy_world import (
     patch_labels,
     sample_image,
     sample_video,
+)
+from tqdm import tqdm
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaNextImageProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
 )
 
 # Preprocessing, the same here and in the processor files that are exported.

@@ -4,7 +4,14 @@ import pytest
 import torch
 from rediprune.methods_rediprune import METHODS
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
-from rediprune.relevance_rediprune import RELEVANCES, attention_relevance, attention_rows, read_question, stack_rows, word_rows
+from rediprune.relevance_rediprune import (
+    RELEVANCES,
+    attention_relevance,
+    attention_rows,
+    read_question,
+    stack_rows,
+    word_rows,
+)
 from tiny import random_image, random_video, stock_twin, tiny_model, tiny_processor
 
 QUESTIONS = ["what colour is the star ?", "which way does the red star on the left of blue move ?"]

@@ -712,7 +712,10 @@ def test_tokens_that_stand_for_their_copies():
     with torch.no_grad():
         tower = model.model.vision_tower
         getattr(tower, "vision_model", tower).embeddings.position_embedding.weight.zero_()
-    answer = lambda keep_ratio: last_logits(model, processor(text="<video> where", videos=frames, keep_ratio=keep_ratio))
+
+    def answer(keep_ratio):
+        return last_logits(model, processor(text="<video> where", videos=frames, keep_ratio=keep_ratio))
+
     with_all = answer(1.0)
     # Not zero: a visual token sees those before it, and after pruning these are fewer.
     weighed = (answer(0.1) - with_all).abs().max()

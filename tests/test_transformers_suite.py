@@ -31,8 +31,12 @@ pytest.importorskip("parameterized")
 from rediprune.configuration_rediprune import ReDiPruneConfig  # noqa: E402
 from rediprune.geometry_rediprune import image_grids, num_placeholders, video_grids  # noqa: E402
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration  # noqa: E402
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig  # noqa: E402
-from transformers import LlavaNextVideoForConditionalGeneration  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,  # noqa: E402
+)
 
 # What the archive's files import, but the archive does not hold.
 ABSENT = {
