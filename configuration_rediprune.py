@@ -117,6 +117,8 @@ class PruningConfig:
         time_weight (`float`, *optional*): what the whole length of a video adds to that distance, at least 0.
         proportional_attention (`bool`, *optional*): a kept token weighs in the language model's attention as much as all
             tokens that it stands for.
+        merging (`float`, *optional*): how far a kept token's features move to the mean of all tokens that it stands for, in
+            [0, 1].
         alpha (`float`, defaults to 0.5): weight of the relevance beside the diversity (paper, §3.4).
         threshold (`float`, defaults to 0.0): the tau of Algorithm 1, a cosine. Used by the candidate pools
             `"algorithm1"` and `"released"`; at most 0 filters nothing.
@@ -134,8 +136,8 @@ class PruningConfig:
             every token keeps the position that it has in the unpruned prompt.
         seed (`int`, defaults to 0): seed of the method `"random"`.
 
-    For `scope`, `relevance`, `distance`, `time_weight`, `proportional_attention` and `positions`, `None` (the default) is
-    what the paper of the method has; `resolved` looks it up.
+    For `scope`, `relevance`, `distance`, `time_weight`, `proportional_attention`, `merging` and `positions`, `None` (the
+    default) is what the paper of the method has; `resolved` looks it up.
 
     Raises:
         ValueError: unknown key, or a value out of range; the message names key, value and allowed range.
@@ -157,6 +159,9 @@ class PruningConfig:
     )
     proportional_attention: Optional[bool] = _setting(
         None, lambda value: value is None or isinstance(value, bool), "true, false or None"
+    )
+    merging: Optional[float] = _setting(
+        None, lambda value: value is None or _is_number(value) and 0 <= value <= 1, "a number in [0, 1], or None"
     )
     alpha: float = _setting(0.5, _is_number, "a finite number (0 leaves diversity alone)")
     threshold: float = _setting(0.0, lambda value: _is_number(value) and -1 <= value <= 1, "a cosine in [-1, 1]")
@@ -208,8 +213,8 @@ class PruningConfig:
                 "'openai/clip-vit-large-patch14-336', or choose another relevance"
             )
         if METHODS[values["method"]].merges_in_encoder:
-            for key in ("scope", "proportional_attention"):
-                if values[key] not in (None, "frame", False):
+            for key in ("scope", "proportional_attention", "merging"):
+                if values[key] not in (None, "frame", False, 0):
                     raise ValueError(
                         f"pruning key {key} is {values[key]!r}, but method={values['method']!r} merges tokens inside the vision "
                         f"encoder, frame by frame and with sizes of its own; leave {key} at None"

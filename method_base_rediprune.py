@@ -66,6 +66,7 @@ class Method:
     distance = "features"
     time_weight = 0.0
     proportional_attention = False
+    merging = 0.0
     positions = "compact"
 
     def count(self, num_tokens: int, pruning) -> int:

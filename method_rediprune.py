@@ -29,8 +29,8 @@ class ReDiPrunePlus(ReDiPrune):
     ReDiPrune with this project's own choices around it, not the paper's.
 
     The frames of a video share one budget; relevance and distance are measured in spaces that the checkpoint has aligned; to
-    be far in time is also to be far; a kept token weighs in attention as much as the tokens that it stands for, and stands
-    where it stood.
+    be far in time is also to be far; a kept token weighs in attention as much as the tokens that it stands for, takes on a part
+    of their features, and stands where it stood.
     """
 
     relevance = "attention"
@@ -38,4 +38,5 @@ class ReDiPrunePlus(ReDiPrune):
     distance = "projected"
     time_weight = 0.25
     proportional_attention = True
+    merging = 0.3
     positions = "original"

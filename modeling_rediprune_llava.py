@@ -55,7 +55,7 @@ from .relevance_rediprune import (
     stack_rows,
     word_rows,
 )
-from .selection_rediprune import align_query, build_query, group_sizes
+from .selection_rediprune import align_query, build_query, group_means, group_sizes, nearest_kept
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
@@ -743,7 +743,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         `questions` are those of `_clip_questions`.
         """
         method = METHODS[pruning.method]
-        weigh = pruning.prunes and pruning.resolved("proportional_attention")
+        weigh, merging = (pruning.prunes and pruning.resolved(key) for key in ("proportional_attention", "merging"))
         by_size = defaultdict(list)
         for medium in media:
             medium.kept, medium.tokens = [None] * len(medium.sets), [None] * len(medium.sets)
@@ -770,8 +770,12 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 if seeds is not None:
                     tokens.seeds = [seed for medium, index in sets for seed in seeds[id(medium)][index]]
                 features, kept = method.reduce(tokens, num_kept, pruning)
-                if weigh:
-                    sizes = group_sizes(tokens.compared, kept, tokens.times, pruning.resolved("time_weight"))
+                if weigh or merging:
+                    nearest = nearest_kept(tokens.compared, kept, tokens.times, pruning.resolved("time_weight"))
+                    sizes = group_sizes(nearest, num_kept)
+                if merging:
+                    means = group_means(patches["features"], nearest, num_kept)
+                    features = features.float().lerp(means, merging).to(features.dtype)
             if weigh:
                 for (medium, index), sizes in zip(sets, sizes.split(numbers)):
                     medium.sizes[index] = sizes
@@ -797,7 +801,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         for name in patches.keys() & {"cls_attention", "last_cls_attention", "times"}:
             setattr(tokens, name, patches[name].squeeze(-1))
         reads = method.needs & {"relevance", "text_rows"} if words is not None else frozenset()
-        compares = "compared" in method.needs or pruning.resolved("proportional_attention")
+        groups = pruning.resolved("proportional_attention") or pruning.resolved("merging")
+        compares = "compared" in method.needs or groups
         compares_projected = compares and distance == "projected"
         reads_projected = reads and (relevance in ("projected", "attention") or "text_rows" in reads)
         if "projected" in method.needs or compares_projected or reads_projected:

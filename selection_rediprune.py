@@ -313,13 +313,13 @@ def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def group_sizes(
+def nearest_kept(
     features: torch.Tensor, kept: torch.Tensor, times: torch.Tensor | None = None, time_weight: float = 0.0
 ) -> torch.Tensor:
-    """How many tokens each kept one stands for: itself, and the dropped ones that it is the nearest kept token of.
+    """Which of the kept tokens each token is nearest to; a kept one is its own, also where two are equal.
 
     The distance is that of `select_rediprune`, 1 - cosine + time_weight |t_i - t_j|. Features (N, L, C), `kept` (N, k)
-    ascending indices, times (N, L); returns (N, k) fp32, which adds up to L in each set.
+    ascending indices, times (N, L); returns LongTensor (N, L) with numbers in 0 .. k - 1.
     """
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features.float(), dim=-1, eps=MIN_NORM)
@@ -327,10 +327,21 @@ def group_sizes(
         if times is not None and time_weight:
             nearness -= time_weight * (times[:, :, None] - times.gather(1, kept)[:, None]).abs()
     nearest = first_largest(nearness.flatten(0, 1)).view(kept.shape[0], -1)
+    return nearest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+
+
+def group_sizes(nearest: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """How many tokens each kept one stands for, (N, k) fp32, from `nearest_kept`; adds up to L in each set."""
     ones = torch.ones_like(nearest, dtype=torch.float32)
-    own = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    nearest = nearest.scatter(1, kept, own)  # also where two kept tokens are equal
-    return torch.zeros(kept.shape, device=kept.device).scatter_add_(1, nearest, ones)
+    return ones.new_zeros(len(nearest), num_kept).scatter_add_(1, nearest, ones)
+
+
+def group_means(features: torch.Tensor, nearest: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """The mean (N, k, C) fp32 of the tokens that each kept one stands for; gradients flow to `features` (N, L, C)."""
+    features = features.float()
+    sums = features.new_zeros(len(features), num_kept, features.shape[-1])
+    sums = sums.scatter_add(1, nearest[..., None].expand_as(features), features)
+    return sums / group_sizes(nearest, num_kept)[..., None]
 
 
 def select_random(num_tokens: int, num_kept: int, seeds: Sequence[int]) -> torch.Tensor:

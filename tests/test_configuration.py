@@ -23,6 +23,7 @@ DEFAULTS = {
     "distance": None,
     "time_weight": None,
     "proportional_attention": None,
+    "merging": None,
     "alpha": 0.5,
     "threshold": 0.0,
     "candidate_pool": "all",
@@ -56,6 +57,8 @@ REFUSED = [
     ("time_weight", math.inf, "a number of at least 0, or None"),
     ("proportional_attention", 1, "true, false or None"),
     ("proportional_attention", "yes", "true, false or None"),
+    ("merging", 1.1, "a number in [0, 1], or None"),
+    ("merging", True, "a number in [0, 1], or None"),
     ("relevance", "clip", "text_tower is None; set text_tower to a CLIP checkpoint"),
     ("text_tower", "", "the Hub id or folder of a CLIP checkpoint, or None"),
     ("text_tower", True, "the Hub id or folder of a CLIP checkpoint, or None"),
@@ -91,6 +94,7 @@ OTHER_THAN_DEFAULT = {
     "distance": "projected",
     "time_weight": 0.1,
     "proportional_attention": True,
+    "merging": 0.5,
     "alpha": 1.25,
     "threshold": 0.25,
     "candidate_pool": "algorithm1",
@@ -202,6 +206,7 @@ def test_a_block_of_the_wrong_type(block, tmp_path):
             {"method": "evoprune_rediprune", "proportional_attention": True},
             "proportional_attention is True.*merges tokens inside.*leave proportional_attention at None",
         ),
+        ({"method": "evoprune", "merging": 0.2}, "merging is 0.2.*merges tokens inside.*leave merging at None"),
         (
             {"candidate_pool": "algorithm1", "query_weighting": "none"},
             "candidate_pool='algorithm1'.*query_weighting",
@@ -218,17 +223,17 @@ def test_values_that_exclude_each_other(block, message):
 
 
 def test_an_open_key_is_the_methods_own():
-    own = ("scope", "relevance", "distance", "time_weight", "proportional_attention", "positions")
+    own = ("scope", "relevance", "distance", "time_weight", "proportional_attention", "merging", "positions")
     resolved = lambda **block: tuple(PruningConfig(**block).resolved(key) for key in own)  # noqa: E731
     relevance = lambda method, **block: resolved(method=method, **block)[1]  # noqa: E731
     for method in ("cdpruner", "trim"):
         assert relevance(method) == "projected" and relevance(method, text_tower="me/clip") == "clip"
         assert relevance(method, text_tower="me/clip", relevance="pooled") == "pooled"
     assert relevance("rediprune", text_tower="me/clip") == "pooled"
-    assert resolved() == ("frame", "pooled", "features", 0.0, False, "compact")
-    assert resolved(method="rediprune_plus") == ("video", "attention", "projected", 0.25, True, "original")
-    closed = {"scope": "frame", "distance": "features", "time_weight": 0, "proportional_attention": False}
-    assert resolved(method="rediprune_plus", **closed) == ("frame", "attention", "features", 0, False, "original")
+    assert resolved() == ("frame", "pooled", "features", 0.0, False, 0.0, "compact")
+    assert resolved(method="rediprune_plus") == ("video", "attention", "projected", 0.25, True, 0.3, "original")
+    closed = {"scope": "frame", "distance": "features", "time_weight": 0, "proportional_attention": False, "merging": 0}
+    assert resolved(method="rediprune_plus", **closed) == ("frame", "attention", "features", 0, False, 0, "original")
 
 
 def test_files_merge_over_defaults_and_arguments_over_files(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from rediprune.geometry_rediprune import token_sets
 from rediprune.methods_rediprune import METHODS
-from rediprune.selection_rediprune import align_query, build_query, group_sizes, select_rediprune
+from rediprune.selection_rediprune import align_query, build_query, group_means, group_sizes, nearest_kept, select_rediprune
 from tiny import (
     IMAGE_SIZE,
     PATCHES,
@@ -692,10 +692,17 @@ def test_kept_tokens_stand_for_all_of_their_set():
 def test_tokens_stand_for_those_that_they_are_nearest_to(distance):
     """Also for a method that measures no distances itself."""
     processor, model = pruned(method="uniform", keep_ratio=0.3, distance=distance, proportional_attention=True)
-    (medium,) = model.select_tokens(**media_inputs(processor, "video"))
-    features = medium.sets[0]["features"]
+    inputs = media_inputs(processor, "video")
+    (medium,) = model.select_tokens(**inputs)
+    features, kept = medium.sets[0]["features"], medium.kept[0]
     compared = model.model.multi_modal_projector(features) if distance == "projected" else features
-    assert torch.equal(medium.sizes[0], group_sizes(compared, medium.kept[0]))
+    nearest = nearest_kept(compared, kept)
+    assert torch.equal(medium.sizes[0], group_sizes(nearest, kept.shape[1]))
+    model.config.pruning.merging = 0.25
+    (merged,) = model.select_tokens(**inputs)
+    assert torch.equal(merged.kept[0], kept) and torch.equal(merged.sizes[0], medium.sizes[0])
+    expected = 0.75 * medium.tokens[0] + 0.25 * group_means(features, nearest, kept.shape[1])
+    torch.testing.assert_close(merged.tokens[0], expected)
 
 
 def unpruned_tokens(media, rows):

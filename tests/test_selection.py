@@ -18,7 +18,9 @@ from selection_rediprune import (
     build_query,
     count_kept,
     gather_tokens,
+    group_means,
     group_sizes,
+    nearest_kept,
     query_tail,
     select_random,
     select_rediprune,
@@ -644,20 +646,27 @@ def test_equal_tokens_are_spread_over_time():
     assert kept.tolist() == [[0, 7]]
 
 
-def test_group_sizes_by_hand():
+def test_groups_by_hand():
     angles = torch.deg2rad(torch.tensor([0.0, 10, 80, 90, 180]))
     features = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
-    assert group_sizes(features, torch.tensor([[0, 3]])).tolist() == [[2.0, 3.0]]
-    assert group_sizes(features, torch.tensor([[1, 2, 4]])).tolist() == [[2.0, 2.0, 1.0]]
+    nearest = nearest_kept(features, torch.tensor([[0, 3]]))
+    assert nearest.tolist() == [[0, 0, 1, 1, 1]]
+    assert group_sizes(nearest, 2).tolist() == [[2.0, 3.0]]
+    values = torch.tensor([[[1.0], [3], [5], [7], [12]]])
+    assert group_means(values, nearest, 2).tolist() == [[[2.0], [8.0]]]
+    assert nearest_kept(features, torch.tensor([[1, 2, 4]])).tolist() == [[0, 0, 1, 1, 2]]
     times = torch.tensor([[0.0, 1, 0, 0, 0]])
-    assert group_sizes(features, torch.tensor([[0, 1]]), times, 5.0).tolist() == [[4.0, 1.0]]  # time alone decides
+    assert nearest_kept(features, torch.tensor([[0, 1]]), times, 5.0).tolist() == [[0, 1, 0, 0, 0]]  # time alone decides
 
 
 @examples
 @given(any_kind)
-def test_group_sizes_add_up(selection):
+def test_groups_hold_every_token_once(selection):
     features, query, num_kept = selection
-    num_tokens = features.shape[1]
     kept = select_rediprune(features, query, num_kept)
-    sizes = group_sizes(features, kept)
-    assert sizes.dtype == torch.float32 and (sizes >= 1).all() and (sizes.sum(1) == num_tokens).all()
+    nearest = nearest_kept(features, kept)
+    assert torch.equal(nearest.gather(1, kept), torch.arange(num_kept).expand_as(kept))  # equal tokens, too
+    sizes, means = group_sizes(nearest, num_kept), group_means(features, nearest, num_kept)
+    assert sizes.dtype == torch.float32 and (sizes >= 1).all() and (sizes.sum(1) == features.shape[1]).all()
+    totals = (means * sizes[..., None]).sum(1)
+    torch.testing.assert_close(totals, features.float().sum(1), rtol=1e-3, atol=1e-3)
