@@ -10,7 +10,14 @@ import torch
 import transformers
 from rediprune.geometry_rediprune import token_sets
 from rediprune.methods_rediprune import METHODS
-from rediprune.selection_rediprune import align_query, build_query, group_means, group_sizes, nearest_kept, select_rediprune
+from rediprune.selection_rediprune import (
+    align_query,
+    build_query,
+    group_means,
+    group_sizes,
+    nearest_kept,
+    select_rediprune,
+)
 from tiny import (
     IMAGE_SIZE,
     PATCHES,
