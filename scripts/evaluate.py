@@ -30,7 +30,6 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from fractions import Fraction
 
 import torch
 from evaluate_log import AnswerLog, JsonLines
@@ -43,6 +42,7 @@ from repository import (
     code_module,
     environment,
     fail,
+    keep_ratio,
     load,
     output_prefix,
     parse_setting,
@@ -98,17 +98,6 @@ def setting(text: str) -> Setting:
     if query != "own" and not reads:
         raise argparse.ArgumentTypeError(f"{text!r}: this setting does not look at the question; leave query={query} out")
     return Setting(text, changes, query)
-
-
-def keep_ratio(text: str) -> float:
-    """`"0.1"` or `"4/36"`: with a fraction of the tokens of a frame, what is pruned jointly keeps as many as what is not."""
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        value = 0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a keep ratio: give numbers in (0, 1], as in --ratios 0.25 0.1 4/36")
-    return value
 
 
 def parse_arguments():

@@ -11,6 +11,7 @@ import time
 import types
 from collections import defaultdict
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -52,6 +53,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any key of config.json's pruning block, e.g. --pruning alpha=1.0 --pruning positions=original; repeatable",
     )
+
+
+def keep_ratio(text: str) -> float:
+    """`"0.1"` or `"4/36"`: with a fraction of the tokens of a frame, what is pruned jointly keeps as many as what is not."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = 0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a keep ratio: give numbers in (0, 1], such as 0.25 or 4/36")
+    return value
 
 
 def at_least_one(text: str) -> int:

@@ -23,6 +23,7 @@ from repository import (
     add_model_arguments,
     environment,
     fail,
+    keep_ratio,
     load,
     output_prefix,
     parse_setting,
@@ -73,16 +74,6 @@ def parse_arguments():
     for name in ("questions", "methods", "ratios"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     return args
-
-
-def keep_ratio(text: str) -> float:
-    try:
-        ratio = float(text)
-    except ValueError:
-        ratio = 0.0
-    if not 0 < ratio <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in (0, 1]")
-    return ratio
 
 
 def trace_all(args, model, prepared, blocks: dict) -> list:

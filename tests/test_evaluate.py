@@ -13,7 +13,7 @@ import transformers
 from evaluate_questions import CONSTANT_QUERY, OtherQuery, Questions
 from evaluate_report import interval, mark_fronts, pareto_front, score
 from rediprune.configuration_rediprune import PruningConfig
-from repository import FeatureMemory
+from repository import FeatureMemory, keep_ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -295,7 +295,7 @@ def test_plots_of_a_report_without_token_counts(tmp_path):
 
 @pytest.mark.parametrize("kept", range(1, 36))
 def test_a_fraction_keeps_as_many_jointly_as_frame_by_frame(kept):
-    ratio = importlib.import_module("evaluate").keep_ratio(f"{kept}/36")
+    ratio = keep_ratio(f"{kept}/36")
     count = PruningConfig(keep_ratio=ratio).count
     assert count(8 * 36) == 8 * count(36) == 8 * kept
 
