@@ -10,7 +10,9 @@ from pathlib import Path
 import export
 import pytest
 import torch
-from tiny import POOLED, random_video, save_clip, save_stock_checkpoint
+from rediprune.methods_rediprune import METHODS
+from tiny import POOLED, random_image, random_video, save_clip, save_stock_checkpoint
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -296,3 +298,16 @@ def test_a_link_to_a_folder_is_not_pushed(base, tmp_path):
     with pytest.raises(Exception, match="(?i)offline|connect"):  # past that check, with no Hub in this test
         model.push_to_hub("me/name", materialise=True)
     assert model.config.weights_from == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_variant_of_every_method_answers_about_batches(base, tmp_path, method):
+    run(base, "--method", method, "--keep-ratio", 0.3, "--link", "--output", tmp_path / "variant")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "variant", trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "variant", trust_remote_code=True)
+    assert model.config.pruning.method == processor.pruning.method == method
+    for kind, media in {"video": [random_video(1), random_video(2)], "image": [random_image(1), random_image(2)]}.items():
+        text = [f"USER : <{kind}> what colour is the star ? ASSISTANT :", f"<{kind}> where ?"]
+        inputs = processor(text=text, **{f"{kind}s": media}, padding=True, return_tensors="pt")
+        answers = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert len(answers) == 2 and answers.shape[1] > inputs["input_ids"].shape[1]
