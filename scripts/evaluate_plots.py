@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from repository import fail
+from repository import code_module, fail, parse_setting
 
 NEEDED = {"kind", "setting", "keep_ratio", "accuracy", "low", "high"}
 MARKERS = "os^Dv<>PX*hp"
@@ -76,15 +76,19 @@ def _panels(rows: list) -> dict:
     names.sort(key=lambda name: -sum(row["accuracy"] for row in groups[name]) / len(groups[name]))
     panels = {}
     for name in names:
-        method, *changes = name.split(",")
-        positions = next((change for change in changes if change.startswith("positions=")), None)
-        if len(names) <= MANY:
-            title, label = "", name
-        else:
-            title = positions or "positions as the method has them"
-            label = ",".join([method, *(change for change in changes if change != positions)])
+        title, label = "", name
+        if len(names) > MANY:
+            title = f"{_positions(name)} positions"
+            label = ",".join(part for part in name.split(",") if not part.startswith("positions="))
         panels.setdefault(title, {})[label] = groups[name]
     return panels
+
+
+def _positions(setting: str) -> str:
+    """How a setting numbers its tokens, by itself or as its method has it."""
+    changes = parse_setting(setting)
+    method = code_module("methods_rediprune").METHODS[changes["method"]]
+    return changes.get("positions") or method.positions
 
 
 def _keep_ratio(row: dict) -> float:

@@ -302,18 +302,19 @@ def test_a_fraction_keeps_as_many_jointly_as_frame_by_frame(kept):
 
 def test_many_settings_get_a_panel_for_each_way_to_number_tokens():
     plots = importlib.import_module("evaluate_plots")
-    names = [f"m{number},positions={which}" for number in range(8) for which in ("compact", "original")]
-    names += ["m1", "m1,alpha=2,positions=original"]
+    names = [f"rediprune,alpha={number},positions={which}" for number in range(8) for which in ("compact", "original")]
+    names += ["rediprune", "rediprune_plus"]  # as the method has them
     rows = [
         {"setting": name, "keep_ratio": ratio, "accuracy": ratio + 0.01 * names.index(name)}
         for name in names
         for ratio in (0.5, 0.1)
     ]
     panels = plots._panels([{"setting": "unpruned", "keep_ratio": 1, "accuracy": 1}, *rows])
-    assert set(panels) == {"positions=compact", "positions=original", "positions as the method has them"}
-    assert list(panels["positions=original"])[:2] == ["m1,alpha=2", "m7"]  # best first
-    assert [row["keep_ratio"] for row in panels["positions=compact"]["m3"]] == [0.1, 0.5]
-    assert list(plots._panels(rows[:20])) == [""] and "m0,positions=compact" in plots._panels(rows[:20])[""]
+    assert set(panels) == {"compact positions", "original positions"}
+    assert list(panels["original positions"])[:2] == ["rediprune_plus", "rediprune,alpha=7"]  # best first
+    assert list(panels["compact positions"])[0] == "rediprune"
+    assert [row["keep_ratio"] for row in panels["compact positions"]["rediprune,alpha=3"]] == [0.1, 0.5]
+    assert "rediprune,alpha=0,positions=compact" in plots._panels(rows[:20])[""]
 
 
 def test_of_close_ticks_the_most_frequent_has_a_text():
