@@ -1,6 +1,5 @@
 """What the benchmark counts, compares and refuses. Nothing here looks at how long anything takes."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -20,7 +19,6 @@ from tiny import PATCHES, POOLED, tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--frames", 2, "--text", 24, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--threads", 1]
-WITHOUT_MATPLOTLIB = importlib.util.find_spec("matplotlib") is None
 
 
 def call(monkeypatch, *arguments):
@@ -250,7 +248,6 @@ def test_files_are_written_whole(tmp_path, monkeypatch):
     assert path.read_bytes() == b"\x89PNG"
 
 
-@pytest.mark.skipif(WITHOUT_MATPLOTLIB, reason="needs matplotlib")
 def test_plots(report, monkeypatch, tmp_path):
     call(monkeypatch, "--from", tmp_path / "results" / "tiny.json", "--output", tmp_path / "drawn", "--plots")
     for name in ("speedup", "memory", "stages"):
