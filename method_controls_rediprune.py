@@ -1,7 +1,7 @@
 """The controls of every comparison: tokens at random, evenly spaced tokens, all tokens."""
 
 from .method_base_rediprune import Method
-from .selection_rediprune import select_random, select_uniform
+from .selection_rediprune import check_finite, select_random, select_uniform
 
 
 class Random(Method):
@@ -10,6 +10,7 @@ class Random(Method):
     needs = frozenset({"seeds"})
 
     def select(self, tokens, num_kept, pruning):
+        check_finite("features", tokens.features)
         return select_random(tokens.features.shape[1], num_kept, tokens.seeds).to(tokens.features.device)
 
 
@@ -17,6 +18,7 @@ class Uniform(Method):
     """Evenly spaced tokens in raster order."""
 
     def select(self, tokens, num_kept, pruning):
+        check_finite("features", tokens.features)
         num_sets, num_tokens = tokens.features.shape[:2]
         return select_uniform(num_tokens, num_kept).to(tokens.features.device).expand(num_sets, -1)
 

@@ -1128,8 +1128,9 @@ def test_pixels_that_are_not_finite(value, keep_ratio):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite(processor, value):
-    model = tiny_model()
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+def test_features_that_are_not_finite(value, method):
+    processor, model = pruned(method=method)
     embedding = model.model.get_submodule(
         "vision_tower.embeddings" if TRANSFORMERS_5 else "vision_tower.vision_model.embeddings"
     )
