@@ -551,9 +551,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 raise ValueError(
                     f"the prompt has {sum(new)} {kind} placeholders (by row: {new}), but its {len(group)} {kind}s give "
                     f"{sum(sizes)} tokens (each: {sizes}) with keep_ratio={pruning.keep_ratio}, method={pruning.method!r}, "
-                    f"pooling={pruning.pooling!r}. Prepare the inputs with the processor of this repository, loaded with the "
-                    "same pruning parameters, and pass all that it returns; a ratio for one call goes to the processor as "
-                    "keep_ratio=. To continue a cache, pass the media of the new turn or of all turns."
+                    f"pooling={pruning.pooling!r}, scope={pruning.resolved('scope')!r}. Prepare the inputs with the processor of "
+                    "this repository, loaded with the same pruning parameters, and pass all that it returns; a ratio for one call "
+                    "goes to the processor as keep_ratio=. To continue a cache, pass the media of the new turn or of all turns."
                 )
             for medium, row in zip(group, rows):
                 medium.row = row
