@@ -1,13 +1,20 @@
 """What the pruning methods do with a CLIP vision tower: read the attention of its CLS token and its keys, and merge patches on
 their way through it."""
 
+from inspect import signature
+
 import torch
 import torch.nn.functional as F
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from .method_evoprune_rediprune import merge_tokens, merging_schedule
 from .selection_rediprune import gather_tokens
 
 FIELDS = frozenset({"cls_attention", "keys", "last_cls_attention", "last_keys"})  # what `read_attention` can give
+
+
+# Layers of 4.57 take a causal mask beside the mask of padding, and give a tuple.
+NO_MASKS = (None,) * len({"attention_mask", "causal_attention_mask"} & set(signature(CLIPEncoderLayer.forward).parameters))
 
 
 def transformer(tower):
@@ -17,8 +24,10 @@ def transformer(tower):
 
 def run_tower(tower, pixels: torch.Tensor, taps, needs=frozenset()) -> dict:
     """
-    Runs the tower and keeps the hidden states that are asked for: without gradients, all of them would be most of the memory
-    that the tower takes.
+    Runs the tower as far as the hidden states that are asked for, and keeps these: without gradients, all of them would be
+    most of the memory that the tower takes, and the layers after the last one would run for nothing.
+
+    The layers are called one by one, since hooks on a module would see what other threads send through it.
 
     Args:
         tower: a CLIP vision tower.
@@ -27,31 +36,27 @@ def run_tower(tower, pixels: torch.Tensor, taps, needs=frozenset()) -> dict:
         needs: as in `read_attention`, with the last of `taps`.
 
     Returns:
-        `dict` from index (counted from the start) to hidden state (N, 1 + P, C), at least those asked for.
+        `dict` from index (counted from the start) to hidden state (N, 1 + P, C).
+
+    Raises:
+        ValueError: the tower has no such hidden state.
     """
-    if torch.is_grad_enabled():  # the graph holds them anyway, and hooks would see the inside of gradient checkpoints
-        return dict(enumerate(tower(pixels, output_hidden_states=True).hidden_states))
-    layers, kept, handles = transformer(tower).encoder.layers, {}, []
+    layers = transformer(tower).encoder.layers
     wanted = {_from_start(tap, layers) for tap in taps} | _states_read(taps[-1], layers, needs)
-
-    def keep(index):
-        def hook(module, args, kwargs, output=None):
-            states = output if index == len(layers) else args[0] if args else kwargs["hidden_states"]
-            kept[index] = states[0] if isinstance(states, tuple) else states
-
-        return hook
-
-    try:
-        for index in wanted:
-            if index == len(layers):
-                handles.append(layers[-1].register_forward_hook(keep(index), with_kwargs=True))
-            else:
-                handles.append(layers[index].register_forward_pre_hook(keep(index), with_kwargs=True))
-        tower(pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
+    states = embed_patches(tower, pixels)
+    kept = {0: states} if 0 in wanted else {}
+    for index, layer in enumerate(layers[: max(wanted)], 1):
+        states = layer(states, *NO_MASKS)
+        states = states[0] if isinstance(states, tuple) else states
+        if index in wanted:
+            kept[index] = states
     return kept
+
+
+def embed_patches(tower, pixels: torch.Tensor) -> torch.Tensor:
+    """The input (N, 1 + P, C) of the first layer, CLS first."""
+    vision = transformer(tower)
+    return vision.pre_layrnorm(vision.embeddings(pixels))
 
 
 def _from_start(tap: int, layers) -> int:
@@ -73,7 +78,7 @@ def read_attention(tower, states, tap: int, needs) -> dict:
 
     Args:
         tower: a CLIP vision tower.
-        states: its hidden states by index, each (N, 1 + P, C), embeddings first; at least those of `run_tower`.
+        states: its hidden states by index, each (N, 1 + P, C), embeddings first: those of `run_tower`.
         tap: index of the tapped one among them.
         needs: which of `"cls_attention"`, `"keys"` (of the layer whose output is tapped, mean over heads),
             `"last_cls_attention"` and `"last_keys"` (of the last layer, with its heads taken as one).
@@ -121,14 +126,13 @@ def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None)
     Returns:
         features (N, k, C) without CLS, and LongTensor (N, k), for each the first patch that is merged in it, ascending.
     """
-    vision = transformer(tower)
-    states = vision.pre_layrnorm(vision.embeddings(pixels))
+    states = embed_patches(tower, pixels)
     anchors = inside
     if anchors is None:
         anchors = torch.arange(states.shape[1] - 1, device=states.device).expand(len(states), -1)
     schedule = merging_schedule(anchors.shape[1], num_kept, num_layers)
     sizes = None
-    for index, layer in enumerate(vision.encoder.layers[:num_layers]):
+    for index, layer in enumerate(transformer(tower).encoder.layers[:num_layers]):
         attended, keys, attention = _attend(layer.self_attn, layer.layer_norm1(states), sizes)
         states = states + attended
         if index in schedule:

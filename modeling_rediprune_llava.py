@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import threading
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 import torch.nn.functional as F
-from transformers import LlavaNextVideoForConditionalGeneration
+from transformers import LlavaNextVideoForConditionalGeneration, StaticCache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.llava_next_video.modeling_llava_next_video import (
     LlavaNextVideoCausalLMOutputWithPast,
@@ -19,6 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .attention_rediprune import biased_mask
+from .cache_record_rediprune import TokenRecord, read_record, write_record
 from .clip_rediprune import encode_and_merge, read_attention, run_tower
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import (
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
     from .method_trim_rediprune import Trim  # noqa: F401
 
 logger = logging.get_logger(__name__)
+_WARNED_CONTEXTS = set()  # lengths that were warned about
+_LOADING = threading.Lock()  # of what is loaded when it is first needed
 
 try:  # transformers 5.x converts checkpoint keys by model type, but not those of custom code that has not registered.
     from transformers.conversion_mapping import (
@@ -305,35 +309,22 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         prompt = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         stock = {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
         self._check_context(inputs_embeds if input_ids is None else input_ids, past_key_values)
-        shift, bias = (_of_cache(past_key_values, mark) for mark in ("position_shift", "attention_bias"))
-        if shift is not None:
-            tokens = inputs_embeds if input_ids is None else input_ids
-            position_ids = _default_positions(position_ids, tokens, past_key_values) + shift[:, None].to(tokens.device)
         if pixel_values is None and pixel_values_videos is None:
-            if bias is not None:
-                tokens = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-                attention_mask = biased_mask(attention_mask, bias, tokens, past_key_values)
-            return super().forward(**prompt, attention_mask=attention_mask, position_ids=position_ids, **stock)
+            return ReDiPruneCausalLMOutputWithPast(**self._run(prompt, attention_mask, position_ids, stock))
 
         pixels = {"image": pixel_values, "video": pixel_values_videos}
-        _check_pixels(pixels)
+        self._check_media(pixels, image_sizes)
         masks = self._placeholder_masks(**prompt)
+        _check_masks(masks["image"].shape, past_key_values, attention_mask, query_mask)
         media = self._place_media(pixels, image_sizes, masks, pruning)
         tower = {
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
         if not pruning.prunes and pruning.pooling == "before":
-            return super().forward(
-                **prompt,
-                pixel_values=pixel_values,
-                pixel_values_videos=pixel_values_videos,
-                image_sizes=image_sizes,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **tower,
-                **stock,
-            )
+            prompt |= {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos, "image_sizes": image_sizes}
+            outputs = self._run({**prompt, **tower}, attention_mask, position_ids, stock)
+            return ReDiPruneCausalLMOutputWithPast(**outputs)
 
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         is_question = _question_mask(embeds, masks, attention_mask, labels, query_mask)
@@ -345,34 +336,56 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             if tokens is not None:
                 embeds = embeds.masked_scatter(mask[..., None].expand_as(embeds).to(embeds.device), tokens.to(embeds))
 
+        moved = record = None
         if pruning.prunes and pruning.resolved("positions") == "original":
-            gaps = self._position_gaps(media, masks)
-            position_ids = _default_positions(position_ids, embeds, past_key_values) + gaps.cumsum(1)[:, :-1]
-            shift = gaps.sum(1) if shift is None else gaps.sum(1) + shift.to(gaps.device)
-            if attention_mask is None:
-                # Without a mask, gaps between positions are read as the borders of packed sequences.
-                num_tokens = _cached_tokens(past_key_values) + embeds.shape[1]
-                attention_mask = embeds.new_ones((len(embeds), num_tokens), dtype=torch.long)
+            before, after = self._position_gaps(media, masks)
+            moved, record = (before + after).cumsum(1) - after, TokenRecord(None, (before + after).float())
         if pruning.prunes and pruning.resolved("proportional_attention"):
-            num_cached = _cached_tokens(past_key_values)
-            cached = embeds.new_zeros(len(embeds), 0, dtype=torch.float32) if bias is None else bias
-            bias = torch.cat([F.pad(cached, (0, num_cached - cached.shape[1])), self._log_sizes(media, masks)], dim=1)
-        if bias is not None:
-            attention_mask = biased_mask(attention_mask, bias, embeds, past_key_values)
-        outputs = super().forward(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **stock
-        )
-        if outputs.past_key_values is not None:
-            # The cache is what goes from step to step and from turn to turn, so it carries how far its text was moved and
-            # what its tokens weigh.
-            for mark, value in {"position_shift": shift, "attention_bias": bias}.items():
-                if value is not None:
-                    setattr(outputs.past_key_values, mark, value)
+            sizes = self._token_sizes(media, masks)
+            record = TokenRecord(sizes, torch.zeros_like(sizes) if record is None else record.skipped)
+        outputs = self._run({"inputs_embeds": embeds}, attention_mask, position_ids, stock, record, moved)
         return ReDiPruneCausalLMOutputWithPast(
             **outputs,
             image_kept_indices=tuple(tuple(medium.kept) for medium in media if medium.kind == "image") or None,
             video_kept_indices=tuple(medium.kept[0] for medium in media if medium.kind == "video") or None,
         )
+
+    def _run(self, prompt, attention_mask, position_ids, stock, record=None, moved=None):
+        """
+        The stock forward pass, at the positions and with the token sizes that are recorded in the cache and in `record`.
+
+        Args:
+            prompt: `input_ids` or `inputs_embeds`, and pixels where nothing is pruned.
+            stock: the other arguments of the stock forward pass.
+            record: the `TokenRecord` of the prompt; `None` = nothing was skipped in it, and each token stands for itself.
+            moved: (B, T), how far gaps in the prompt itself move each of its tokens.
+        """
+        cache, num_layers = stock["past_key_values"], self.config.text_config.num_hidden_layers
+        tokens = prompt["inputs_embeds"] if prompt.get("input_ids") is None else prompt["input_ids"]
+        cached = read_record(cache, num_layers)
+        num_cached = 0 if record is None else _cached_tokens(cache, stock.get("cache_position"))
+        if moved is not None and attention_mask is None:
+            # Without a mask, gaps between positions are read as the borders of packed sequences.
+            attention_mask = torch.ones(len(tokens), num_cached + tokens.shape[1], dtype=torch.long, device=tokens.device)
+        if cached is not None:
+            past = cached.skipped.to(tokens.device).sum(1, keepdim=True).long()
+            moved = past if moved is None else moved.to(tokens.device) + past
+        if moved is not None:
+            position_ids = _default_positions(position_ids, tokens, cache) + moved.to(tokens.device)
+            self._warn_beyond_context(position_ids)
+        sizes = _all_sizes(cached, record, num_cached)
+        if sizes is not None:
+            embeds = tokens if tokens.is_floating_point() else self.get_input_embeddings()(tokens)
+            attention_mask = biased_mask(attention_mask, sizes.to(embeds.device).clamp_min(1).log(), embeds, cache)
+        outputs = super().forward(
+            **prompt, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **stock
+        )
+        cache = outputs.past_key_values if cache is None else cache
+        if cache is not None and (cached is not None or record is not None):
+            if record is None:
+                record = TokenRecord(None, torch.zeros(tokens.shape[:2], device=tokens.device))
+            write_record(cache, num_layers, record, num_cached)
+        return outputs
 
     @torch.no_grad()
     def select_tokens(
@@ -395,8 +408,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         """
         pruning = self._pruning_of_call(keep_ratio)
         pixels = {"image": pixel_values, "video": pixel_values_videos}
-        _check_pixels(pixels)
+        self._check_media(pixels, image_sizes)
         masks = self._placeholder_masks(input_ids)
+        _check_masks(masks["image"].shape, None, attention_mask)
         media = self._place_media(pixels, image_sizes, masks, pruning)
         embeds = self.get_input_embeddings()(input_ids)
         questions = self._clip_questions(pruning, len(embeds), clip_input_ids, clip_attention_mask)
@@ -436,6 +450,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             of_media = [*media_inputs, "query_mask", "clip_input_ids", "clip_attention_mask"]
             model_inputs.update(media_inputs if has_media else dict.fromkeys(of_media))
         return model_inputs
+
+    def _get_cache(self, cache_implementation, batch_size, max_cache_len, model_kwargs):
+        # 4.57 alone asks for a static cache here, and would keep it on the model, where another thread's call finds it.
+        offloading = "offloaded" in cache_implementation
+        return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
 
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, pixel_values_videos=None,
@@ -490,18 +509,35 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 )
         return pruning
 
+    def _context(self) -> int:
+        """How many positions the language model was made for."""
+        text = self.config.text_config
+        rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+        return int(text.max_position_embeddings * (rope.get("factor") or 1))
+
     def _check_context(self, tokens, past_key_values) -> None:
         """Refuses a prompt that is longer than what the language model was made for; single steps of decoding may go on."""
         if tokens.shape[1] == 1:
             return
-        text = self.config.text_config
-        rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-        limit = int(text.max_position_embeddings * (rope.get("factor") or 1))
         length = _cached_tokens(past_key_values) + tokens.shape[1]
-        if length > limit:
+        if length > self._context():
             raise ValueError(
-                f"the prompt has {length} tokens, but the language model takes at most {limit}; shorten the question, sample "
-                "fewer frames, or lower keep_ratio."
+                f"the prompt has {length} tokens, but the language model takes at most {self._context()}; shorten the question, "
+                "sample fewer frames, or lower keep_ratio."
+            )
+
+    def _warn_beyond_context(self, position_ids) -> None:
+        """Warns, once for each model size, where a prompt reaches positions that the language model was not made for."""
+        limit = self._context()
+        if position_ids.shape[1] == 1 or limit in _WARNED_CONTEXTS:
+            return
+        length = int(position_ids.max()) + 1
+        if length > limit:
+            _WARNED_CONTEXTS.add(limit)
+            logger.warning(
+                f"With positions='original' the tokens of this prompt keep the positions of the unpruned one, which has {length} "
+                f"tokens, but the language model was made for {limit}. Beyond them answers get worse, without an error. Sample "
+                "fewer frames (num_frames=), or set positions='compact'. This is said once."
             )
 
     def _patches_per_side(self) -> int:
@@ -518,6 +554,21 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             kind: (inputs_embeds == table(as_tensor(token_id)).to(inputs_embeds)).all(-1)
             for kind, token_id in token_ids.items()
         }
+
+    def _check_media(self, pixels, image_sizes) -> None:
+        _check_pixels(pixels)
+        images = pixels["image"]
+        if images is None:
+            return
+        if image_sizes is None:
+            raise ValueError(
+                f"pixel_values of {len(images)} images were passed without image_sizes, which say how their tiles lie; pass all "
+                "that the processor returned."
+            )
+        if images.dim() == 5 and len(images) != len(image_sizes):
+            raise ValueError(
+                f"pixel_values hold {len(images)} images, but image_sizes {len(image_sizes)}; pass all that the processor returned."
+            )
 
     def _list_media(self, pixels, image_sizes, pruning) -> list:
         """Every image, then every video, with its grids."""
@@ -596,9 +647,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
     def _joint_space(self) -> JointSpace:
         """That of the configured text tower, loaded when it is first asked for. None of this model's weights."""
         text_tower = self.config.pruning.text_tower
-        if self._joint is None or self._joint.text_tower != text_tower:
-            self._joint = JointSpace(text_tower, self.config.vision_config.hidden_size)
-        return self._joint
+        with _LOADING:
+            joint = self._joint
+            if joint is None or joint.text_tower != text_tower:
+                joint = self._joint = JointSpace(text_tower, self.config.vision_config.hidden_size)
+        return joint
 
     def _clip_questions(self, pruning, batch: int, ids, mask) -> Optional[torch.Tensor]:
         """(B, D) fp32, the question of each row in CLIP's joint space; `None` where it is not compared there."""
@@ -861,23 +914,24 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     # -- what the language model has to know of what was dropped -------------------------------------------------------
 
-    def _log_sizes(self, media, masks) -> torch.Tensor:
-        """(B, T) fp32: log of the number of tokens that each visual token stands for, 0 for text."""
-        bias = torch.zeros(masks["image"].shape, device=masks["image"].device)
+    def _token_sizes(self, media, masks) -> torch.Tensor:
+        """(B, T) fp32: the number of tokens that each visual token stands for, 1 for text."""
+        result = torch.ones(masks["image"].shape, device=masks["image"].device)
         for kind, mask in masks.items():
             sizes = [sizes.flatten() for medium in media if medium.kind == kind for sizes in medium.sizes]
             if sizes:
-                bias[mask] = torch.cat(sizes).log().to(bias)
-        return bias
+                result[mask] = torch.cat(sizes).to(result)
+        return result
 
-    def _position_gaps(self, media, masks) -> torch.LongTensor:
-        """Positions of the unpruned prompt that are left out before each token and, last, after the end, (B, T + 1)."""
-        gaps = 0
+    def _position_gaps(self, media, masks) -> tuple:
+        """Positions of the unpruned prompt that are left out right before and right after each token: two LongTensors (B, T)."""
+        gaps = []
         for kind, mask in masks.items():
             group = [medium for medium in media if medium.kind == kind]
             lengths = [num_unpruned(medium.grids, newlines=kind == "image") for medium in group]
-            gaps = gaps + position_gaps(mask, [medium.offsets() for medium in group], lengths)
-        return gaps
+            gaps.append(position_gaps(mask, [medium.offsets() for medium in group], lengths))
+        (images_before, images_after), (videos_before, videos_after) = gaps
+        return images_before + videos_before, images_after + videos_after
 
 
 def _one_ratio(keep_ratio) -> Optional[float]:
@@ -887,6 +941,22 @@ def _one_ratio(keep_ratio) -> Optional[float]:
             raise ValueError(f"keep_ratio is {keep_ratio!r}, but must be the same for all prompts of a batch")
         keep_ratio = keep_ratio[0]
     return None if keep_ratio is None else float(keep_ratio)
+
+
+def _check_masks(shape, past_key_values, attention_mask, query_mask=None) -> None:
+    """Refuses masks that do not cover the tokens of the prompt, whose ids have the given shape (B, T), and of the cache."""
+    batch, number = shape
+    total = _cached_tokens(past_key_values) + number
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and attention_mask.shape != (batch, total):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but must be {(batch, total)}: one entry for each token of "
+            f"the cache ({total - number}) and of the prompt ({number}). Pass the one that the processor returned with the prompt."
+        )
+    if query_mask is not None and (query_mask.dim() != 2 or len(query_mask) != batch or query_mask.shape[1] < number):
+        raise ValueError(
+            f"query_mask has shape {tuple(query_mask.shape)}, but must be ({batch}, {number}) as the prompt, or longer: then "
+            "its last entries are those of the prompt."
+        )
 
 
 def _check_pixels(pixels: dict) -> None:
@@ -938,16 +1008,25 @@ def _visible(attention_mask, num_tokens: int) -> torch.Tensor:
     return last_row if last_row.dtype == torch.bool else last_row == 0
 
 
-def _cached_tokens(past_key_values) -> int:
+def _cached_tokens(past_key_values, cache_position=None) -> int:
+    """Number of tokens in a cache. `cache_position` is more reliable where it is given: static caches of 4.57 leave out padding."""
+    if cache_position is not None:
+        return int(cache_position[0])
     return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 
-def _of_cache(past_key_values, mark: str) -> Optional[torch.Tensor]:
-    """What a cache carries beside keys and values: `"position_shift"` (B,), how far its text was moved by gaps, and
-    `"attention_bias"` (B, n), log sizes of its first tokens. All zero where it was emptied, although the mark is left."""
-    found = getattr(past_key_values, mark, None)
-    # The length of a static cache is a tensor in 4.57, and compiled decoding must not branch on it.
-    return None if found is None else found * (past_key_values.get_seq_length() > 0)
+def _all_sizes(cached, record, num_cached) -> Optional[torch.Tensor]:
+    """
+    Sizes (B, K) of the tokens in a cache and of new ones, whose records are given; `None` where each token stands for itself.
+
+    Entries that a static cache has not filled yet are 0. New tokens without a record are left out: they stand for themselves.
+    """
+    old = None if cached is None else cached.sizes
+    if record is None or record.sizes is None and old is None:
+        return old
+    new = torch.ones_like(record.skipped) if record.sizes is None else record.sizes
+    old = new.new_ones(len(new), num_cached) if old is None else old[:, :num_cached].to(new.device)
+    return torch.cat([old, new], dim=1)
 
 
 def _default_positions(position_ids, tokens, past_key_values) -> torch.LongTensor:

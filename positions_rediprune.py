@@ -1,11 +1,12 @@
 """Position ids of a pruned prompt, when every token keeps the position that it has in the unpruned one."""
 
 import torch
+import torch.nn.functional as F
 
 
-def position_gaps(mask: torch.Tensor, offsets: list, lengths: list) -> torch.LongTensor:
+def position_gaps(mask: torch.Tensor, offsets: list, lengths: list) -> tuple:
     """
-    How many positions of the unpruned prompt are left out before each token of the pruned one.
+    How many positions of the unpruned prompt are left out at each token of the pruned one.
 
     Args:
         mask: (B, T) bool, the placeholders of the pruned prompt; the media fill them in order, row by row.
@@ -13,18 +14,15 @@ def position_gaps(mask: torch.Tensor, offsets: list, lengths: list) -> torch.Lon
         lengths: for each medium its number of tokens when nothing is pruned.
 
     Returns:
-        (B, T + 1): entry t counts the positions skipped right before token t, the last one those after the prompt's end.
+        two LongTensors (B, T): positions skipped right before each token, and, at the last token of a medium, right after it.
     """
-    gaps = torch.zeros(mask.shape[0], mask.shape[1] + 1, dtype=torch.long, device=mask.device)
-    if not offsets:
-        return gaps
-    starts = [torch.diff(kept, prepend=kept.new_full((1,), -1)) - 1 for kept in offsets]
-    gaps[:, :-1][mask] = torch.cat(starts).to(gaps.device)
-    rows, columns = mask.nonzero(as_tuple=True)
-    last = torch.tensor([len(kept) for kept in offsets], device=gaps.device).cumsum(0) - 1
-    ends = torch.stack([length - 1 - kept[-1] for kept, length in zip(offsets, lengths)]).to(gaps.device)
-    gaps.index_put_((rows[last], columns[last] + 1), ends, accumulate=True)
-    return gaps
+    before, after = (torch.zeros(mask.shape, dtype=torch.long, device=mask.device) for _ in range(2))
+    if offsets:
+        starts = [torch.diff(kept, prepend=kept.new_full((1,), -1)) - 1 for kept in offsets]
+        before[mask] = torch.cat(starts).to(mask.device)
+        ends = [F.pad((length - 1 - kept[-1:]), (len(kept) - 1, 0)) for kept, length in zip(offsets, lengths)]
+        after[mask] = torch.cat(ends).to(mask.device)
+    return before, after
 
 
 def image_offsets(base_size: int, width: int, kept_base: torch.Tensor, kept_tiles: torch.Tensor) -> torch.LongTensor:

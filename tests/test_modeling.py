@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rediprune.cache_record_rediprune import read_record
 from rediprune.geometry_rediprune import token_sets
 from rediprune.methods_rediprune import METHODS
 from rediprune.selection_rediprune import (
@@ -123,7 +124,8 @@ def test_unpruned_logits_are_the_stock_logits(stock, name, side, how):
     processor, model = pruned(keep_ratio=1) if how == "keep_ratio" else pruned(method="none")
     inputs = media_inputs(processor, name, side)
     ours, theirs = model(**inputs), stock(**inputs)
-    assert type(ours) is type(theirs) and set(ours) == set(theirs)
+    assert isinstance(ours, type(theirs)) and set(ours) == set(theirs)
+    assert ours.image_kept_indices is None and ours.video_kept_indices is None
     assert torch.equal(ours.logits, theirs.logits)
 
 
@@ -183,7 +185,7 @@ def test_unpruned_outputs_in_every_form(model, stock, processor):
             assert all(
                 torch.equal(first, second) for first, second in zip(ours.hidden_states, theirs.hidden_states)
             )
-        assert type(ours) is type(theirs)
+        assert isinstance(ours, type(theirs))
 
 
 @pytest.mark.parametrize("name", ["image", "mixed"])
@@ -602,6 +604,11 @@ def image_medium(pair, size):
     ]
 
 
+def skipped(model, outputs):
+    """How many positions are skipped in each row of a prompt."""
+    return read_record(outputs.past_key_values, model.config.text_config.num_hidden_layers).skipped.sum(1).long()
+
+
 @pytest.mark.parametrize("mask", ["given", "none"])
 def test_original_positions_by_hand(mask):
     processor, model = pruned(positions="original", keep_ratio=0.1)
@@ -628,7 +635,7 @@ def test_original_positions_by_hand(mask):
         ]
         expected, end = positions_by_hand(inputs["input_ids"][0].tolist(), in_order)
         assert seen["position_ids"][0].tolist() == expected
-        assert outputs.past_key_values.position_shift.tolist() == [end - len(expected)]
+        assert skipped(model, outputs).tolist() == [end - len(expected)]
         unpruned = processor(text=text, **media, keep_ratio=1)["input_ids"].shape[1]
         assert end == unpruned  # text after the media goes on where it would in the unpruned prompt
 
@@ -641,14 +648,14 @@ def test_original_positions_in_a_padded_batch():
     for row in range(3):
         positions = seen["position_ids"][row][inputs["attention_mask"][row].bool()]
         assert positions[0] == 0 and (positions.diff() > 0).all()
-        length = len(positions) + int(together.past_key_values.position_shift[row])
+        length = len(positions) + int(skipped(model, together)[row])
         assert positions[-1] == length - 1 or inputs["input_ids"][row, -1] in (IMAGE, VIDEO)
 
 
 def test_compact_positions_are_left_to_the_stock_model(processor, model):
     seen, outputs = seen_positions(model, media_inputs(processor, "mixed"))
     assert seen["position_ids"] is None
-    assert not hasattr(outputs.past_key_values, "position_shift")
+    assert read_record(outputs.past_key_values, 2) is None
 
 
 def test_gaps_are_not_read_as_packed_sequences():
@@ -687,10 +694,10 @@ def test_kept_tokens_stand_for_all_of_their_set():
         for sizes, kept, (_, total) in zip(medium.sizes, medium.kept, token_sets(medium.grids, model.config.pruning)):
             assert sizes.shape == kept.shape and (sizes >= 1).all()
             assert sizes.sum(1).tolist() == [total] * len(sizes)
-    bias = model(**inputs).past_key_values.attention_bias
+    sizes = read_record(model(**inputs).past_key_values, 2).sizes
     is_visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
-    assert (bias[~is_visual] == 0).all()
-    torch.testing.assert_close(bias.exp().sum(1) - (~is_visual).sum(1), unpruned_tokens(media, len(bias)))
+    assert (sizes[~is_visual] == 1).all()
+    torch.testing.assert_close(sizes.sum(1) - (~is_visual).sum(1), unpruned_tokens(media, len(sizes)))
     assert pruned()[1].select_tokens(**inputs)[0].sizes is None
 
 
@@ -1043,7 +1050,7 @@ def test_a_cache_given_by_the_caller_is_filled(processor):
         assert torch.allclose(step, whole, **LOOSE)
         flat = model(**inputs, past_key_values=(cache := DynamicCache()), use_cache=True, return_dict=False)
         assert any(item is cache for item in flat)
-        assert hasattr(cache, "position_shift") == (positions == "original")
+        assert (read_record(cache, 2) is None) == (positions == "compact")
 
 
 def test_an_emptied_cache_is_a_new_one():
