@@ -26,6 +26,18 @@ class TokenRecord(NamedTuple):
     skipped: torch.Tensor
 
 
+def cached_tokens(cache, cache_position=None) -> int:
+    """
+    Number of tokens in a cache, or in none.
+
+    `cache_position` (T,), the places of the next tokens, goes first where it is given: a static cache of 4.57 does not count
+    padding, and so knows its length in batches without padding alone.
+    """
+    if cache_position is not None:
+        return int(cache_position[0])
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def read_record(cache, num_layers: int) -> Optional[TokenRecord]:
     """
     The record of the tokens in a cache; `None` where it has none: then nothing was skipped, and each stands for itself.

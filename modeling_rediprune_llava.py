@@ -20,7 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .attention_rediprune import biased_mask
-from .cache_record_rediprune import TokenRecord, read_record, write_record
+from .cache_record_rediprune import TokenRecord, cached_tokens, read_record, write_record
 from .clip_rediprune import encode_and_merge, read_attention, run_tower
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import (
@@ -360,10 +360,10 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             record: the `TokenRecord` of the prompt; `None` = nothing was skipped in it, and each token stands for itself.
             moved: (B, T), how far gaps in the prompt itself move each of its tokens.
         """
-        cache, num_layers = stock["past_key_values"], self.config.text_config.num_hidden_layers
+        cache, num_layers, places = stock["past_key_values"], self.config.text_config.num_hidden_layers, stock.get("cache_position")
         tokens = prompt["inputs_embeds"] if prompt.get("input_ids") is None else prompt["input_ids"]
         cached = read_record(cache, num_layers)
-        num_cached = 0 if record is None else _cached_tokens(cache, stock.get("cache_position"))
+        num_cached = 0 if record is None else cached_tokens(cache, places)
         if moved is not None and attention_mask is None:
             # Without a mask, gaps between positions are read as the borders of packed sequences.
             attention_mask = torch.ones(len(tokens), num_cached + tokens.shape[1], dtype=torch.long, device=tokens.device)
@@ -376,7 +376,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         sizes = _all_sizes(cached, record, num_cached)
         if sizes is not None:
             embeds = tokens if tokens.is_floating_point() else self.get_input_embeddings()(tokens)
-            attention_mask = biased_mask(attention_mask, sizes.to(embeds.device).clamp_min(1).log(), embeds, cache)
+            attention_mask = biased_mask(attention_mask, sizes.to(embeds.device).clamp_min(1).log(), embeds, cache, places)
         outputs = super().forward(
             **prompt, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **stock
         )
@@ -443,7 +443,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             appended = max(0, input_ids.shape[1] - query_mask.shape[1])
             num_tokens = next(tokens.shape[1] for tokens in new_tokens.values() if tokens is not None)
             model_inputs["query_mask"] = F.pad(query_mask, (0, appended))[:, -num_tokens:]
-        if _cached_tokens(past_key_values):
+        if cached_tokens(past_key_values):
             # The first pass over a reused cache takes the media of the new tokens, a decoding step takes none.
             masks = self._placeholder_masks(**new_tokens).values()
             has_media = any(mask.shape[1] > 1 and mask.any() for mask in masks)
@@ -464,7 +464,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         # stock class of 4.57, the media of a row that has several would change places.
         embeds = kwargs.get("inputs_embeds")
         masks = self._placeholder_masks(input_ids if embeds is None else None, embeds)
-        cached = _cached_tokens(kwargs.get("past_key_values"))
+        cached = cached_tokens(kwargs.get("past_key_values"))
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         pruning = self._pruning_of_call(kwargs.get("keep_ratio"))
         media = self._place_media(pixels, image_sizes, masks, pruning, cached)
@@ -519,7 +519,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         """Refuses a prompt that is longer than what the language model was made for; single steps of decoding may go on."""
         if tokens.shape[1] == 1:
             return
-        length = _cached_tokens(past_key_values) + tokens.shape[1]
+        length = cached_tokens(past_key_values) + tokens.shape[1]
         if length > self._context():
             raise ValueError(
                 f"the prompt has {length} tokens, but the language model takes at most {self._context()}; shorten the question, "
@@ -946,7 +946,7 @@ def _one_ratio(keep_ratio) -> Optional[float]:
 def _check_masks(shape, past_key_values, attention_mask, query_mask=None) -> None:
     """Refuses masks that do not cover the tokens of the prompt, whose ids have the given shape (B, T), and of the cache."""
     batch, number = shape
-    total = _cached_tokens(past_key_values) + number
+    total = cached_tokens(past_key_values) + number
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and attention_mask.shape != (batch, total):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but must be {(batch, total)}: one entry for each token of "
@@ -1008,13 +1008,6 @@ def _visible(attention_mask, num_tokens: int) -> torch.Tensor:
     return last_row if last_row.dtype == torch.bool else last_row == 0
 
 
-def _cached_tokens(past_key_values, cache_position=None) -> int:
-    """Number of tokens in a cache. `cache_position` is more reliable where it is given: static caches of 4.57 leave out padding."""
-    if cache_position is not None:
-        return int(cache_position[0])
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
-
-
 def _all_sizes(cached, record, num_cached) -> Optional[torch.Tensor]:
     """
     Sizes (B, K) of the tokens in a cache and of new ones, whose records are given; `None` where each token stands for itself.
@@ -1033,7 +1026,7 @@ def _default_positions(position_ids, tokens, past_key_values) -> torch.LongTenso
     """`position_ids`, or those that the stock model would use for `tokens` (B, T, ...), (1 or B, T)."""
     if position_ids is not None:
         return position_ids
-    past = _cached_tokens(past_key_values)
+    past = cached_tokens(past_key_values)
     return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
 
 
