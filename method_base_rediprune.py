@@ -21,7 +21,7 @@ class VisualTokens:
             `distance` says.
         times: (N, L) fp32 in [0, 1), the share of the video that lies before the token's frame; 0 in images.
         relevance: (N, L) fp32, how much each token has to do with the question; `None` when the text is not used.
-        text_rows: (N, T, L) fp32, for each word of the question its share of attention to each token: a row adds up to
+        text_rows: (N, T, L) fp32 or fp64, for each word of the question its share of attention to each token: a row adds up to
             1 / words, or is zero where the question has fewer than T words; `None` when the text is not used.
         projected: (N, L, H) the features after the projector.
         joint: (N, L, D) fp32, the features in CLIP's joint space, for the relevance `"clip"` alone.
@@ -62,6 +62,7 @@ class Method:
 
     relevance = "pooled"
     relevance_with_tower = None
+    words = "all"
     scope = "frame"
     distance = "features"
     time_weight = 0.0

@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from .method_base_rediprune import Method
-from .selection_rediprune import MIN_NORM, TIE_TOLERANCE, check_finite, first_largest
+from .selection_rediprune import MIN_NORM, check_finite, first_largest, in_double
+
+# Of a unit vector the squared length that the kept ones do not span; below this it is a rounding error in fp64.
+SPENT = 1e-10
 
 
 class CDPruner(Method):
@@ -34,10 +37,10 @@ def unit_range(relevance: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def select_conditional_dpp(features: torch.Tensor, quality: torch.Tensor, num_kept: int) -> torch.Tensor:
     """
-    Greedy MAP inference of the DPP with kernel L_ij = r_i cos(x_i, x_j) r_j, by an incremental Cholesky decomposition.
+    Greedy MAP inference of the DPP with kernel L_ij = r_i cos(x_i, x_j) r_j, by an incremental Cholesky decomposition in fp64.
 
-    A token's gain is the part of L_ii that the kept tokens do not span. Where every gain is spent (the kernel has fewer
-    ranks than tokens are asked for), the rest is filled up by quality.
+    A token's gain is the part of L_ii that the kept tokens do not span; a tie is relative to the largest gain. Where every
+    gain is spent (the kernel has fewer ranks than tokens are asked for), the rest is filled up by quality.
 
     Args:
         features: (N, L, C), any floating dtype, not normalized.
@@ -52,23 +55,22 @@ def select_conditional_dpp(features: torch.Tensor, quality: torch.Tensor, num_ke
     """
     check_finite("features", features)
     check_finite("quality", quality)
-    with torch.autocast(features.device.type, enabled=False):
-        weighted = F.normalize(features.float(), dim=-1, eps=MIN_NORM) * quality.float()[..., None]
-        gain = weighted.square().sum(-1)
-        # By quality, but below every gain that is left.
-        filling = quality.float() - quality.float().amax(1, keepdim=True) - 1
-        taken = torch.zeros_like(gain, dtype=torch.bool)
-        factors = weighted.new_zeros(*gain.shape, num_kept)  # row i: the coordinates of token i along the kept ones
-        picks = []
-        for step in range(num_kept):
-            score = torch.where(gain > TIE_TOLERANCE, gain, filling).masked_fill(taken, -torch.inf)
-            pick = first_largest(score)[:, None]
-            row = lambda values: values.gather(1, pick[..., None].expand(-1, 1, values.shape[-1]))  # noqa: E731
-            residual = torch.bmm(row(weighted), weighted.mT) - torch.bmm(row(factors), factors.mT)
-            spread = gain.gather(1, pick)
-            factor = torch.where(spread > TIE_TOLERANCE, residual[:, 0] / spread.clamp_min(TIE_TOLERANCE).sqrt(), 0)
-            factors[:, :, step] = factor
-            gain = gain - factor.square()
-            taken.scatter_(1, pick, True)
-            picks.append(pick)
-    return torch.cat(picks, dim=1).sort(dim=1).values
+    unit, quality = F.normalize(in_double(features), dim=-1, eps=MIN_NORM), in_double(quality)
+    left = unit.square().sum(-1)  # of each unit vector, what the kept ones do not span
+    filling = quality - quality.amax(1, keepdim=True) - 1  # by quality, but below every gain that is left
+    taken = torch.zeros_like(left, dtype=torch.bool)
+    factors = unit.new_zeros(*left.shape, num_kept)  # row i: the coordinates of token i along the kept ones
+    picks = []
+    for step in range(num_kept):
+        left = left.masked_fill(left < SPENT, 0)
+        gain = quality.square() * left
+        score = torch.where(gain > 0, gain, filling).masked_fill(taken, -torch.inf)
+        pick = first_largest(score, relative=True)[:, None]
+        row = lambda values: values.gather(1, pick[..., None].expand(-1, 1, values.shape[-1]))  # noqa: B023, E731
+        residual = torch.bmm(row(unit), unit.mT) - torch.bmm(row(factors), factors.mT)
+        spread = left.gather(1, pick)
+        factors[:, :, step] = torch.where(spread > 0, residual[:, 0] / spread.clamp_min(SPENT).sqrt(), 0)
+        left = left - factors[:, :, step].square()
+        taken.scatter_(1, pick, True)
+        picks.append(pick)
+    return torch.cat(picks, dim=1).sort(dim=1).values.to(features.device)

@@ -4,9 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from .method_base_rediprune import Method
-from .selection_rediprune import MIN_NORM, check_finite, first_largest
+from .selection_rediprune import MIN_NORM, check_finite, first_largest, in_double
 
 VISION_TEMPERATURE = 0.2
+VISION_WEIGHT = 0.5  # that of the words is 1
+# A gain below this share of the first one is a rounding error: there is nothing left to cover.
+SPENT_GAIN = 1e-12
 
 
 class Scope(Method):
@@ -15,43 +18,46 @@ class Scope(Method):
     needs = frozenset({"cls_attention"})
 
     def select(self, tokens, num_kept, pruning):
-        check_finite("features", tokens.features)
-        unit = F.normalize(tokens.features.detach().float(), dim=-1, eps=MIN_NORM)
-        # The mean over the covered tokens instead of their sum, and attention relative to its maximum: gains of order 1.
-        coverage = torch.bmm(unit, unit.mT).clamp_min(0) / unit.shape[1]
-        attention = tokens.cls_attention
-        saliency = attention / attention.amax(1, keepdim=True).clamp_min(MIN_NORM)
-        return select_coverage(coverage, num_kept, saliency)
+        rows = cosines(tokens.features).clamp_min(0)
+        return select_coverage(rows, num_kept, tokens.cls_attention).to(tokens.features.device)
 
 
 class MMTok(Method):
     """
-    Coverage of the question's words and of the set itself, with equal weight (MMTok, arXiv 2508.18264).
+    Coverage of the question's words with weight 1, and of the set itself with weight 0.5 (MMTok, arXiv 2508.18264).
 
-    A word is compared with the tokens in the language model's embedding space, a token with the others by its features.
+    A word is compared with the tokens in the language model's embedding space, a token with the others by its features. The
+    words are those that say what the question is about (`content_words`), as in the authors' code.
     """
 
     needs = frozenset({"text_rows"})
+    words = "content"
 
     def select(self, tokens, num_kept, pruning):
-        check_finite("features", tokens.features)
-        unit = F.normalize(tokens.features.detach().float(), dim=-1, eps=MIN_NORM)
-        rows = (torch.bmm(unit, unit.mT) / VISION_TEMPERATURE).softmax(-1) / (2 * unit.shape[1])
+        rows = (cosines(tokens.features) / VISION_TEMPERATURE).softmax(-1)
+        rows = rows * VISION_WEIGHT / rows.shape[1]
         if tokens.text_rows is not None:
-            rows = torch.cat([tokens.text_rows, rows], dim=1)
-        return select_coverage(rows, num_kept)
+            rows = torch.cat([in_double(tokens.text_rows), rows], dim=1)
+        return select_coverage(rows, num_kept).to(tokens.features.device)
+
+
+def cosines(features: torch.Tensor) -> torch.Tensor:
+    """(N, L, C) -> (N, L, L) fp64: of all pairs in each set. Raises ValueError where features are not finite."""
+    check_finite("features", features)
+    unit = F.normalize(in_double(features.detach()), dim=-1, eps=MIN_NORM)
+    return torch.bmm(unit, unit.mT)
 
 
 @torch.no_grad()
 def select_coverage(rows: torch.Tensor, num_kept: int, saliency: torch.Tensor = None) -> torch.Tensor:
     """
     Greedy facility location: always the token j with the largest s_j sum_r max(0, rows_rj - best_r), where best_r is the
-    largest rows_ru of the tokens u kept so far, 0 at first.
+    largest rows_ru of the tokens u kept so far, 0 at first. Gains are summed in fp64, and a tie is relative to the largest.
 
     Args:
-        rows: (N, R, L) fp32, how well token j covers item r; not negative.
+        rows: (N, R, L), how well token j covers item r; not negative.
         num_kept: k with 1 <= k <= L.
-        saliency: (N, L) fp32, s; all ones when not given.
+        saliency: (N, L), s; all ones when not given.
 
     Returns:
         LongTensor (N, k), ascending in each set.
@@ -62,14 +68,18 @@ def select_coverage(rows: torch.Tensor, num_kept: int, saliency: torch.Tensor = 
     check_finite("features", rows)
     if saliency is not None:
         check_finite("saliency", saliency)
+        saliency = in_double(saliency)
+    rows = in_double(rows)
     best = rows.new_zeros(*rows.shape[:2], 1)
+    spent = SPENT_GAIN * rows.sum(1).amax(1, keepdim=True)
     taken = torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.bool, device=rows.device)
     picks = []
     for _ in range(num_kept):
-        gain = (rows - best).clamp_min(0).sum(1)
+        gain = (rows - best).clamp_min_(0).sum(1)
+        score = gain.masked_fill(gain < spent, 0)
         if saliency is not None:
-            gain = gain * saliency
-        pick = first_largest(gain.masked_fill(taken, -torch.inf))[:, None]
+            score = score * saliency
+        pick = first_largest(score.masked_fill(taken, -torch.inf), relative=True)[:, None]
         best = torch.maximum(best, rows.gather(2, pick[:, None].expand(-1, rows.shape[1], 1)))
         taken.scatter_(1, pick, True)
         picks.append(pick)

@@ -6,7 +6,7 @@ Shapes: N sets of L tokens; T words of a question, H the width of the language m
 import torch
 import torch.nn.functional as F
 
-from .selection_rediprune import MIN_NORM, cosine_relevance
+from .selection_rediprune import MIN_NORM, cosine_relevance, in_double
 
 # "pooled": cosine of the vision features with one vector for the text, which is brought to their width by averaging; the
 #     ReDiPrune paper's. Nothing has trained these two spaces to agree.
@@ -137,11 +137,11 @@ def word_rows(words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         tokens: (N, L, H) projected visual tokens.
 
     Returns:
-        (N, T, L) fp32; each row adds up to 1.
+        (N, T, L) fp64, in which cosines that are so much enlarged do not depend on the order of summation; each row adds up
+        to 1.
     """
-    words, tokens = (F.normalize(states.float(), dim=-1, eps=MIN_NORM) for states in (words, tokens))
-    with torch.autocast(words.device.type, enabled=False):
-        return (words @ tokens.mT / WORD_TEMPERATURE).softmax(-1)
+    words, tokens = (F.normalize(in_double(states), dim=-1, eps=MIN_NORM) for states in (words, tokens))
+    return (words @ tokens.mT / WORD_TEMPERATURE).softmax(-1)
 
 
 def stack_rows(rows: list) -> torch.Tensor:

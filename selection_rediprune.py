@@ -22,6 +22,9 @@ MIN_NORM = 1e-12
 # Scores this close are a tie. It is a little above the rounding error of an fp32 cosine; below it, the order
 # of summation (batch size, number of threads, device) would decide which of two near-duplicates wins.
 TIE_TOLERANCE = 1e-6
+# Gains fall with the number of tokens and from pick to pick, so there a tie is this share of the largest one: what fp32 input
+# does not tell apart. They are computed in fp64, whose rounding error is far below it.
+RELATIVE_TIE = 1e-7
 # On a CPU, up to this share of a set its kept tokens are compared with the others one by one; beyond it, all pairs at once
 # are faster.
 ROWS_ALONE = 0.2
@@ -388,9 +391,18 @@ def _gram(features: torch.Tensor) -> torch.Tensor:
     return gram
 
 
-def first_largest(scores: torch.Tensor) -> torch.Tensor:
-    """(N, L) -> (N,): in each row the lowest index among the ties (`TIE_TOLERANCE`) for the largest score."""
-    ties = scores >= scores.amax(1, keepdim=True) - TIE_TOLERANCE
+def in_double(values: torch.Tensor) -> torch.Tensor:
+    """`values` in fp64; on the CPU where their device has none (MPS)."""
+    return values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
+
+
+def first_largest(scores: torch.Tensor, relative: bool = False) -> torch.Tensor:
+    """(N, L) -> (N,): in each row the lowest index among the ties for the largest score.
+
+    A tie lies within `TIE_TOLERANCE` of it or, if `relative`, within its `RELATIVE_TIE`-th part.
+    """
+    largest = scores.amax(1, keepdim=True)
+    ties = scores >= largest - (RELATIVE_TIE * largest.abs() if relative else TIE_TOLERANCE)
     return ties.view(torch.uint8).argmax(1)  # argmax is defined to return the first of equals
 
 
