@@ -112,6 +112,8 @@ class PruningConfig:
         text_tower (`str`, *optional*): the CLIP checkpoint that the vision tower was made from, a Hub id (`"id@revision"` to
             pin it) or a folder (absolute, or relative to the variant's and beginning with `.`). With it `"cdpruner"` and
             `"trim"` compare as their papers do; its weights are loaded when they are needed and not saved with the model.
+        words (`str`, *optional*): which tokens of the question `"mmtok"` covers. `"content"` = those of its content words, which
+            the processor finds (`content_words`); `"all"` = all of the text. With the relevance `"attention"` it is always all.
         distance (`str`, *optional*): what max-min diversity is measured in, `"features"` of the vision tower or
             `"projected"` tokens. Used by the ReDiPrune methods and `"divprune"`.
         time_weight (`float`, *optional*): what the whole length of a video adds to that distance, at least 0.
@@ -136,7 +138,7 @@ class PruningConfig:
             every token keeps the position that it has in the unpruned prompt.
         seed (`int`, defaults to 0): seed of the method `"random"`.
 
-    For `scope`, `relevance`, `distance`, `time_weight`, `proportional_attention`, `merging` and `positions`, `None` (the
+    For `scope`, `relevance`, `words`, `distance`, `time_weight`, `proportional_attention`, `merging` and `positions`, `None` (the
     default) is what the paper of the method has; `resolved` looks it up.
 
     Raises:
@@ -153,6 +155,7 @@ class PruningConfig:
         lambda value: value is None or isinstance(value, str) and bool(value.strip()),
         "the Hub id or folder of a CLIP checkpoint, or None",
     )
+    words: Optional[str] = _choice(None, ("all", "content"))
     distance: Optional[str] = _choice(None, ("features", "projected"))
     time_weight: Optional[float] = _setting(
         None, lambda value: value is None or _is_number(value) and value >= 0, "a number of at least 0, or None"
@@ -212,6 +215,11 @@ class PruningConfig:
                 "pruning key 'relevance' is 'clip', but text_tower is None; set text_tower to a CLIP checkpoint, such as "
                 "'openai/clip-vit-large-patch14-336', or choose another relevance"
             )
+        if values["words"] == "content" and values["relevance"] == "attention":
+            raise ValueError(
+                "pruning key words is 'content', which looks words up one by one, but relevance='attention' reads the whole "
+                "question; set words to 'all', or choose another relevance"
+            )
         if METHODS[values["method"]].merges_in_encoder:
             for key in ("scope", "proportional_attention", "merging"):
                 if values[key] not in (None, "frame", False, 0):
@@ -260,6 +268,12 @@ class PruningConfig:
         """Whether the question is read by a CLIP text tower, so that the processor has to give its token ids."""
         reads = "relevance" in METHODS[self.method].needs and self.query_weighting != "none"
         return self.prunes and reads and self.resolved("relevance") == "clip"
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether the question's content words are looked up, so that the processor has to give their token ids."""
+        reads = "text_rows" in METHODS[self.method].needs and self.query_weighting != "none"
+        return self.prunes and reads and self.resolved("relevance") != "attention" and self.resolved("words") == "content"
 
     def count(self, num_tokens: int) -> int:
         """How many of the `num_tokens` tokens of one set (a frame, an image view, or a whole medium) stay."""

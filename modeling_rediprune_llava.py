@@ -282,6 +282,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         query_mask: Optional[torch.Tensor] = None,
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
+        word_input_ids: Optional[torch.LongTensor] = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
         """
@@ -293,6 +294,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 question; the default is wherever `labels` asks for nothing.
             clip_input_ids (`torch.LongTensor` of shape `(batch, segments, tokens)`, *optional*): the question as the text tower
                 reads it, and `clip_attention_mask` with 0 for its padding, as the processor returned them.
+            word_input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): the content words of the question, -1
+                where a row has fewer, as the processor returned them.
             position_ids: positions in the pruned prompt; `positions="original"` adds the gaps to them.
 
         Returns:
@@ -301,7 +304,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         Raises:
             OSError: the text tower cannot be reached.
             ValueError: the prompt has more or fewer placeholders than tokens that stay; pixels or features are not finite;
-                `clip_input_ids` are missing where the question is compared in CLIP's joint space.
+                `clip_input_ids` are missing where the question is compared in CLIP's joint space, or `word_input_ids` where
+                its content words are looked up.
         """
         # The signature names `logits_to_keep`, so that `generate` asks for the last token's logits alone, and leaves out
         # `mm_encoder_outputs`: with it, `generate` of 5.x would project all tokens before they can be pruned here.
@@ -329,8 +333,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         is_question = _question_mask(embeds, masks, attention_mask, labels, query_mask)
         questions = self._clip_questions(pruning, len(embeds), clip_input_ids, clip_attention_mask)
+        words = self._content_words(pruning, embeds, word_input_ids)
         self._encode(media, pixels, image_sizes, pruning, **tower)
-        self._select(media, pruning, embeds, is_question, input_ids, questions)
+        self._select(media, pruning, embeds, is_question, input_ids, questions, words)
         for kind, mask in masks.items():
             tokens = self._project([medium for medium in media if medium.kind == kind], pruning)
             if tokens is not None:
@@ -398,6 +403,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         keep_ratio: Optional[float] = None,
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
+        word_input_ids: Optional[torch.LongTensor] = None,
         **kwargs,
     ) -> list:
         """
@@ -414,8 +420,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         media = self._place_media(pixels, image_sizes, masks, pruning)
         embeds = self.get_input_embeddings()(input_ids)
         questions = self._clip_questions(pruning, len(embeds), clip_input_ids, clip_attention_mask)
+        words = self._content_words(pruning, embeds, word_input_ids)
         self._encode(media, pixels, image_sizes, pruning)
-        self._select(media, pruning, embeds, _question_mask(embeds, masks, attention_mask), input_ids, questions)
+        self._select(media, pruning, embeds, _question_mask(embeds, masks, attention_mask), input_ids, questions, words)
         return media
 
     def prepare_inputs_for_generation(
@@ -447,7 +454,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             # The first pass over a reused cache takes the media of the new tokens, a decoding step takes none.
             masks = self._placeholder_masks(**new_tokens).values()
             has_media = any(mask.shape[1] > 1 and mask.any() for mask in masks)
-            of_media = [*media_inputs, "query_mask", "clip_input_ids", "clip_attention_mask"]
+            of_media = [*media_inputs, "query_mask", "clip_input_ids", "clip_attention_mask", "word_input_ids"]
             model_inputs.update(media_inputs if has_media else dict.fromkeys(of_media))
         return model_inputs
 
@@ -666,6 +673,20 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             )
         return self._joint_space().place_questions(ids, mask)
 
+    def _content_words(self, pruning, embeds, ids) -> Optional[list]:
+        """For each row the input embeddings (T, H) of its question's content words; `None` where they are not looked up."""
+        if not pruning.reads_words:
+            return None
+        if ids is None or len(ids) != len(embeds):
+            raise ValueError(
+                f"method={pruning.method!r} with words='content' needs word_input_ids for each of the {len(embeds)} rows, but "
+                f"{'there are none' if ids is None else f'their shape is {tuple(ids.shape)}'}. Prepare the inputs with the "
+                "processor of this repository, loaded with the same pruning parameters, and pass all that it returns, or set "
+                "words to 'all'."
+            )
+        table = self.get_input_embeddings()
+        return [table(row[row >= 0][-pruning.query_max_tokens :].to(embeds.device)).detach() for row in ids]
+
     def _encode(self, media, pixels, image_sizes, pruning, **tower) -> None:
         """Fills in the sets of every medium."""
         images = [medium for medium in media if medium.kind == "image"]
@@ -789,11 +810,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
 
     # -- from what the tower gives to kept tokens --------------------------------------------------------------------
 
-    def _select(self, media, pruning, embeds, is_question, input_ids, questions=None) -> None:
+    def _select(self, media, pruning, embeds, is_question, input_ids, questions=None, words=None) -> None:
         """
         Fills in which tokens of every medium stay. Sets of one size are pruned together, in one call.
 
-        `questions` are those of `_clip_questions`.
+        `questions` are those of `_clip_questions`, `words` those of `_content_words`.
         """
         method = METHODS[pruning.method]
         weigh, merging = (pruning.prunes and pruning.resolved(key) for key in ("proportional_attention", "merging"))
@@ -804,8 +825,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             for index, (_, size) in enumerate(token_sets(medium.grids, pruning)):
                 num_tokens = medium.sets[index]["features"].shape[1]
                 by_size[num_tokens, pruning.count(size)].append((medium, index))
-        words = None
-        if pruning.prunes and method.needs & {"relevance", "text_rows"} and pruning.query_weighting != "none":
+        reads = pruning.prunes and method.needs & {"relevance", "text_rows"} and pruning.query_weighting != "none"
+        if reads and words is None:
             words = [row[mask][-pruning.query_max_tokens :] for row, mask in zip(embeds.detach(), is_question)]
             if pruning.resolved("relevance") == "attention":
                 words = [read_question(self.model.language_model, text, pruning.relevance_layer) for text in words]

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from transformers import BatchFeature, LlavaNextVideoProcessor
 from transformers.image_utils import is_pil_image, load_image, make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
@@ -17,6 +18,7 @@ from .geometry_rediprune import image_grids, num_placeholders, video_grids
 from .joint_space_rediprune import question_segments
 from .portability_rediprune import code_in_place, make_portable
 from .video_rediprune import frame_indices, read_video
+from .words_rediprune import content_words
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
@@ -137,8 +139,7 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
                 among the inputs, so that `model.generate(**inputs)` follows it.
 
         Returns:
-            [`BatchFeature`]: the stock fields, `keep_ratio` (`float`) where it was given, and those of `clip_inputs` where the
-            question is read by a CLIP text tower.
+            [`BatchFeature`]: the stock fields, `keep_ratio` (`float`) where it was given, and those of `question_inputs`.
 
         Raises:
             FileNotFoundError: a video path that does not exist.
@@ -162,24 +163,45 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         outputs = caller._process(images, text, videos, kwargs)
         if keep_ratio is not None:
             outputs["keep_ratio"] = float(keep_ratio)
-        if caller.pruning.reads_clip and text is not None and not (images is None and videos is None):
-            outputs.update(self.clip_inputs(text))
+        if text is not None and not (images is None and videos is None):
+            outputs.update(caller.question_inputs(text))
         return outputs
+
+    def question_inputs(self, prompts: list) -> dict:
+        """The questions of prompts in the forms that the pruning block asks for: `clip_inputs`, `word_inputs`, or nothing."""
+        inputs = self.clip_inputs(prompts) if self.pruning.reads_clip else {}
+        return {**inputs, **self.word_inputs(prompts)} if self.pruning.reads_words else inputs
 
     def clip_inputs(self, prompts: list) -> dict:
         """
-        The questions of prompts for the text tower of the pruning block: what follows the last placeholder, without what the
-        chat template adds to ask for an answer.
+        The questions of prompts for the text tower of the pruning block.
 
         Returns:
             `clip_input_ids` and `clip_attention_mask`, LongTensors (prompts, segments, tokens), see `question_segments`.
         """
+        ids, mask = question_segments(self.pruning.text_tower, self._questions(prompts))
+        return {"clip_input_ids": ids, "clip_attention_mask": mask}
+
+    def word_inputs(self, prompts: list) -> dict:
+        """
+        The content words of the questions of prompts, tokenized by themselves.
+
+        Returns:
+            `word_input_ids`, LongTensor (prompts, tokens), with -1 after those of the shorter ones.
+        """
+        texts = [" ".join(content_words(question)) for question in self._questions(prompts)]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = torch.full((len(ids), max(map(len, ids))), -1)
+        for row, tokens in zip(rows, ids):
+            row[: len(tokens)] = torch.tensor(tokens)
+        return {"word_input_ids": rows}
+
+    def _questions(self, prompts: list) -> list:
+        """Of each prompt what follows the last placeholder, without what the chat template adds to ask for an answer."""
         either_token = "|".join(map(re.escape, (self.image_token, self.video_token)))
         questions = [re.split(either_token, prompt)[-1].strip() for prompt in prompts]
         ending = self._generation_prompt()
-        questions = [question.removesuffix(ending).strip() for question in questions]
-        ids, mask = question_segments(self.pruning.text_tower, questions)
-        return {"clip_input_ids": ids, "clip_attention_mask": mask}
+        return [question.removesuffix(ending).strip() for question in questions]
 
     def _generation_prompt(self) -> str:
         """What the chat template puts after a question to ask for an answer, such as `"ASSISTANT:"`."""

@@ -203,8 +203,7 @@ class Evaluation:
         if setting.query != "own":
             queries = [(self.processor, setting.query, index, seed) for index in range(first, first + batch[1])]
             self.other_query.tokens = [questions.query(*query) for query in queries]
-            if "clip_input_ids" in inputs:
-                inputs.update(self.processor.clip_inputs([questions.query_prompt(*query) for query in queries]))
+            inputs.update(self.processor.question_inputs([questions.query_prompt(*query) for query in queries]))
         return inputs.to(self.model.device, self.model.dtype)
 
     def answers(self, questions: Questions, setting: Setting, ratio: float) -> list:

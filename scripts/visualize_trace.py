@@ -132,11 +132,10 @@ class PreparedMedia:
         number_of_media = len(self.media[f"{kind}s"])
         numbers = iter(range(number_of_media))
         prompt = chat_prompt(self.processor, self.media, question)
-        clip = caller.clip_inputs([prompt]) if pruning.reads_clip else {}
-        clip = {name: values.to(self.model.device) for name, values in clip.items()}
+        read = {name: values.to(self.model.device) for name, values in caller.question_inputs([prompt]).items()}
         prompt = re.sub(re.escape(token), lambda match: expand(self.pixels, next(numbers)), prompt, count=number_of_media)
         tokens = self.processor.tokenizer([prompt], return_tensors="pt").to(self.model.device)
-        return {**tokens, **clip, **self.on_device, "keep_ratio": pruning.keep_ratio}
+        return {**tokens, **read, **self.on_device, "keep_ratio": pruning.keep_ratio}
 
     def panels(self) -> list:
         """The pictures as the model sees them."""
