@@ -11,6 +11,7 @@ from rediprune.method_base_rediprune import VisualTokens
 from rediprune.method_cdpruner_rediprune import select_conditional_dpp, unit_range
 from rediprune.method_coverage_rediprune import select_coverage
 from rediprune.methods_rediprune import METHODS
+from rediprune.relevance_rediprune import word_rows
 from rediprune.selection_rediprune import top_tokens
 from safetensors.torch import load_file
 
@@ -44,6 +45,23 @@ def test_golden(golden_file):
         assert_kept(unit_range(relevance), "kept_single")
         whole_batch = unit_range(relevance.flatten()[None]).view_as(relevance)  # as the reference scales
         assert_kept(whole_batch, "kept")
+
+
+@pytest.fixture(scope="module")
+def coverage_vectors():
+    return load_file(GOLDEN / "coverage_select.safetensors")
+
+
+@pytest.mark.parametrize("case", MANIFEST["scope_select"] + MANIFEST["mmtok_select"], ids=lambda case: case["id"])
+def test_golden_coverage(case, coverage_vectors):
+    field = lambda key: coverage_vectors[f"{case['id']}.{key}"].float()[None]  # noqa: E731
+    if "T" in case:
+        rows = word_rows(field("words")[0], field("projected")) / case["T"]
+        method, tokens = "mmtok", VisualTokens(field("features"), text_rows=rows)
+    else:
+        method, tokens = "scope", VisualTokens(field("features"), cls_attention=field("cls_attention"))
+    kept = METHODS[method].select(tokens, case["K"], PruningConfig(method=method))
+    assert kept.tolist() == field("kept").long().tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------
