@@ -28,12 +28,13 @@ import shlex
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from evaluate_log import AnswerLog, JsonLines
-from evaluate_questions import OtherQuery, Questions, answer
+from evaluate_log import AnswerLog, JsonLines, claimed
+from evaluate_questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
 from evaluate_report import mark_fronts, markdown, score
 from repository import (
     FeatureMemory,
@@ -106,7 +107,7 @@ def parse_arguments():
     parser.add_argument("--settings", nargs="+", type=setting, default=None, metavar="METHOD[,KEY=VALUE...]")
     parser.add_argument("--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="default: %(default)s")
     parser.add_argument("--seeds", type=at_least_one, default=1, help="seeds of what is drawn at random (default: 1)")
-    parser.add_argument("--scenes", type=at_least_one, default=300, help="held-out scenes of a kind (default: %(default)s)")
+    add_scene_arguments(parser, 300)
     parser.add_argument("--kinds", nargs="+", default=["video", "image"], choices=["video", "image"])
     parser.add_argument("--batch", type=at_least_one, default=BATCH, help="questions in a batch (default: %(default)s)")
     parser.add_argument(
@@ -118,6 +119,7 @@ def parse_arguments():
     args.settings = args.settings or [setting(text) for text in DEFAULT_SETTINGS]
     args.settings = list({setting.text: setting for setting in args.settings}.values())
     args.ratios, args.kinds = list(dict.fromkeys(args.ratios)), list(dict.fromkeys(args.kinds))
+    check_scenes(parser, args)
     args.output = output_prefix(args.output)
     if args.scenes == 1 and any(setting.query == "other" for setting in args.settings):
         parser.error("--scenes 1 has no question of another sample for query=other; give at least --scenes 2")
@@ -169,6 +171,7 @@ class Evaluation:
             self._block(setting)  # refuses what the model's own pruning block forbids, before anything is computed
         self.memory, self.other_query = FeatureMemory(self.model), OtherQuery(self.model)
         fingerprint = {
+            "first_scene": args.first_scene,
             "scenes": args.scenes,
             "dtype": str(self.model.dtype),
             "pruning": dict(args.pruning),
@@ -264,7 +267,7 @@ def summary(seconds: list) -> dict:
 def evaluate_kind(run: Evaluation, kind: str) -> list:
     """The rows of one kind of medium."""
     args, rows = run.args, []
-    questions = Questions(kind, args.scenes)
+    questions = Questions(kind, args.scenes, args.first_scene)
     unpruned = Setting(UNPRUNED, {})
     cells = [(unpruned, 1.0)] + [(setting, ratio) for ratio in args.ratios for setting in args.settings]
     for setting, ratio in tqdm(cells, desc=f"{kind}s", unit="cell", disable=not run.processes.main):
@@ -284,6 +287,12 @@ def evaluate_kind(run: Evaluation, kind: str) -> list:
     return rows
 
 
+def command(args) -> str:
+    """The command of this run, with its scenes, whatever the default will be."""
+    given = shlex.join(sys.argv[1:])
+    return f"python scripts/evaluate.py {given}" + ("" if "--first-scene" in given else f" --first-scene {args.first_scene}")
+
+
 def main():
     args = parse_arguments()
     processes = Processes(args)
@@ -293,9 +302,15 @@ def main():
             "then once more in one process with --time: the answers are kept"
         )
     if args.plots:
-        from evaluate_plots import draw_plots, import_matplotlib
+        from evaluate_plots import import_matplotlib
 
         import_matplotlib()  # before hours of work rather than after
+    with claimed(args.output) if processes.main else nullcontext():
+        evaluate(args, processes)
+
+
+def evaluate(args, processes: Processes) -> None:
+    """Answers all questions and writes the report."""
     try:
         run = Evaluation(args, processes)
         rows = [row for kind in args.kinds for row in evaluate_kind(run, kind)]
@@ -306,7 +321,8 @@ def main():
         return
     mark_fronts(rows)
     report = {
-        "command": "python scripts/evaluate.py " + shlex.join(sys.argv[1:]),
+        "command": command(args),
+        "first_scene": args.first_scene,
         "scenes": args.scenes,
         "kinds": args.kinds,
         "environment": {**environment(run.model), "processes": processes.number},
@@ -317,6 +333,8 @@ def main():
     run.log.remove_batches()
     print(markdown(report))
     if args.plots:
+        from evaluate_plots import draw_plots
+
         draw_plots(report, run.output)
 
 

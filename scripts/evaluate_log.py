@@ -8,9 +8,35 @@ number of processes comes next, and removed at the end. The first line of each f
 import json
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from repository import fail
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextmanager
+def claimed(output: Path):
+    """Keeps every other run away from the answers of `output` while it is open. A run that is killed claims nothing more."""
+    path = answers_path(output)
+    with path.open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(
+                    f"another run is writing to {path}; wait for it, choose another --output, or let the processes of one run "
+                    "share the work: accelerate launch --multi_gpu --num_processes 2 scripts/evaluate.py ..."
+                )
+        yield
+
+
+def answers_path(output: Path) -> Path:
+    return output.with_name(output.name + ".answers.jsonl")
 
 
 class JsonLines:
@@ -81,7 +107,7 @@ class AnswerLog:
 
     def __init__(self, output: Path, fingerprint: dict, rank: int = 0):
         self.output, self.fingerprint = output, fingerprint
-        self.cells = JsonLines(output.with_name(output.name + ".answers.jsonl"), fingerprint)
+        self.cells = JsonLines(answers_path(output), fingerprint)
         self.batches = self._batch_file(rank)
         self.done = {}
         for record in self.cells.read():

@@ -1,20 +1,52 @@
 """The held-out questions, and what the model answers to them."""
 
+import argparse
+
 import numpy as np
 import torch
-from toy_world import HELD_OUT_START, sample_image, sample_video
+from repository import at_least_one
+from toy_world import HELD_OUT_END, HELD_OUT_START, TABLES_START, sample_image, sample_video
 
 MAX_NEW_TOKENS = 6
 CONSTANT_QUERY = "what do you see?"
 
 
-class Questions:
-    """The held-out questions of one kind (`"video"` or `"image"`), with the scenes that they are about."""
+def add_scene_arguments(parser: argparse.ArgumentParser, number: int, first: int = TABLES_START) -> None:
+    """Adds `--scenes` and `--first-scene`; `check_scenes` checks them together."""
+    parser.add_argument("--scenes", type=at_least_one, default=number, help="held-out scenes of a kind (default: %(default)s)")
+    parser.add_argument(
+        "--first-scene",
+        type=int,
+        default=first,
+        metavar="SEED",
+        help=f"seed of the first of them, at least {HELD_OUT_START} (default: %(default)s; toy_world.py says who uses which)",
+    )
 
-    def __init__(self, kind: str, num_scenes: int):
+
+def check_scenes(parser: argparse.ArgumentParser, args) -> None:
+    """Ends the program where a scene of `args` is one of training, or none at all."""
+    last = args.first_scene + args.scenes - 1
+    if not HELD_OUT_START <= args.first_scene <= last < HELD_OUT_END:
+        parser.error(
+            f"--first-scene {args.first_scene} --scenes {args.scenes}: held-out scenes have the numbers {HELD_OUT_START} to "
+            f"{HELD_OUT_END - 1}; the tables begin at {TABLES_START}"
+        )
+
+
+class Questions:
+    """
+    The held-out questions of one kind, with the scenes that they are about.
+
+    Args:
+        kind: `"video"` or `"image"`.
+        num_scenes: how many scenes, of consecutive seeds.
+        first_scene: the seed of the first one.
+    """
+
+    def __init__(self, kind: str, num_scenes: int, first_scene: int = TABLES_START):
         self.kind = kind
         sample = sample_video if kind == "video" else sample_image
-        self.scenes = [sample(seed) for seed in range(HELD_OUT_START, HELD_OUT_START + num_scenes)]
+        self.scenes = [sample(seed) for seed in range(first_scene, first_scene + num_scenes)]
         asked = [(index, question) for index, scene in enumerate(self.scenes) for question in scene.questions]
         self.scene_of = np.array([index for index, _ in asked])
         self.texts = [question.question for _, question in asked]

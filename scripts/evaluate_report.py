@@ -98,6 +98,10 @@ def _how_timed(rows: list) -> list:
     ]
 
 
+def _scenes(report: dict) -> str:
+    return f"about {report['scenes']} scenes from number {report['first_scene']} on"
+
+
 def markdown(report: dict) -> str:
     """The tables of a report."""
     run = report["environment"]
@@ -114,7 +118,7 @@ def markdown(report: dict) -> str:
     for kind in report["kinds"]:
         rows = [row for row in report["rows"] if row["kind"] == kind]
         types, timed = list(rows[0]["by_type"]), "time" in rows[0]
-        lines += ["", f"## {kind.capitalize()}s: {rows[0]['questions']} questions about {report['scenes']} scenes", ""]
+        lines += ["", f"## {kind.capitalize()}s: {rows[0]['questions']} questions {_scenes(report)}", ""]
         header = ["setting", "keep ratio", "visual tokens", "right (%)", "95 % interval", "as unpruned (%)"]
         header += ["ms a question", "on the Pareto front"] if timed else []
         lines += table(header, [_overall(row, timed) for row in rows])

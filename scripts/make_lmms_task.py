@@ -15,8 +15,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+from evaluate_questions import add_scene_arguments, check_scenes
 from repository import ROOT, fail, write_whole
-from toy_world import HELD_OUT_START, sample_video
+from toy_world import TABLES_START, sample_video
 
 TEMPLATE = ROOT / "scripts" / "lmms_task"
 FPS = 2
@@ -39,13 +40,13 @@ def write_lossless(path: Path, frames: np.ndarray) -> None:
     temporary.replace(path)
 
 
-def write_task(folder: Path, num_scenes: int) -> int:
-    """Writes the task of the first held-out scenes; returns the number of questions."""
+def write_task(folder: Path, num_scenes: int, first_scene: int = TABLES_START) -> int:
+    """Writes the task of held-out scenes, by default those of the tables; returns the number of questions."""
     folder = folder.resolve()
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(num_scenes):
-        scene, name = sample_video(HELD_OUT_START + number), f"videos/{number:05}.mkv"
+        scene, name = sample_video(first_scene + number), f"videos/{number:05}.mkv"
         write_lossless(folder / name, scene.frames)
         lines += [json.dumps({"scene": number, "video": name, **vars(question)}) for question in scene.questions]
     questions = folder / "questions.jsonl"
@@ -59,11 +60,10 @@ def write_task(folder: Path, num_scenes: int) -> int:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the folder to write; it cannot be moved")
-    parser.add_argument("--scenes", type=int, default=20, help="held-out videos (default: %(default)s)")
+    add_scene_arguments(parser, 20)
     args = parser.parse_args()
-    if args.scenes < 1:
-        parser.error(f"--scenes is {args.scenes}, but must be at least 1")
-    number = write_task(args.output, args.scenes)
+    check_scenes(parser, args)
+    number = write_task(args.output, args.scenes, args.first_scene)
     print(f"wrote {number} questions about {args.scenes} videos to {args.output}")
 
 

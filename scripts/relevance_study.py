@@ -17,21 +17,23 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from evaluate_questions import Questions
-from repository import add_model_arguments, code_module, environment, load, write_whole
-from toy_world import HELD_OUT_START, object_map, sample_video
+from evaluate_questions import Questions, add_scene_arguments, check_scenes
+from repository import add_model_arguments, code_module, environment, load, output_prefix, write_whole
+from toy_world import CHOICES_START, object_map, sample_video
 from tqdm import tqdm
 
 SHOWN = 0.3  # a token shows an object from this share of its area on
-FIRST_SCENE = HELD_OUT_START + 5_000_000  # other scenes than those of the accuracy tables
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md")
-    parser.add_argument("--scenes", type=int, default=60, help="held-out videos (default: %(default)s)")
+    add_scene_arguments(parser, 60, CHOICES_START)
     add_model_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_scenes(parser, args)
+    args.output = output_prefix(args.output)
+    return args
 
 
 def asked_about(scene, question) -> list:
@@ -166,18 +168,19 @@ def markdown(record: dict) -> str:
 def main():
     args = parse_arguments()
     study = Study(*load(args))
-    for seed in tqdm(range(FIRST_SCENE, FIRST_SCENE + args.scenes), unit="video"):
+    for seed in tqdm(range(args.first_scene, args.first_scene + args.scenes), unit="video"):
         study.add(sample_video(seed))
     rows = study.rows()
     record = {
         "command": shlex.join(["python", "scripts/relevance_study.py", *sys.argv[1:]]),
         "environment": environment(study.model),
+        "first_scene": args.first_scene,
         "scenes": args.scenes,
         "questions": rows[0]["questions"],
         "rows": rows,
     }
-    write_whole(f"{args.output}.json", json.dumps(record, indent=1))
-    write_whole(f"{args.output}.md", markdown(record))
+    write_whole(args.output.with_name(args.output.name + ".json"), json.dumps(record, indent=1))
+    write_whole(args.output.with_name(args.output.name + ".md"), markdown(record))
     print(markdown(record))
 
 

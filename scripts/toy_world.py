@@ -21,9 +21,13 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-# The one place where training and measuring are kept apart: training draws seeds from [0, HELD_OUT_START), every reported
-# accuracy comes from seeds in [HELD_OUT_START, 2 * HELD_OUT_START).
+# The one place where training, choosing and measuring are kept apart: who draws which scenes. Training draws seeds from
+# [0, HELD_OUT_START). The scenes that training is followed on and ends with, and the samples, come from HELD_OUT_START on,
+# those of the tables from TABLES_START on, and those that settings are chosen on from CHOICES_START on.
 HELD_OUT_START = 10**9
+TABLES_START = HELD_OUT_START + 10_000
+CHOICES_START = HELD_OUT_START + 5_000_000
+HELD_OUT_END = 2 * HELD_OUT_START
 
 NUM_FRAMES = 8
 FRAME_SIZE = 96
@@ -252,10 +256,10 @@ class _Crowd:
 
 
 def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2 * HELD_OUT_START:
+    if not 0 <= seed < HELD_OUT_END:
         raise ValueError(
             f"seed {seed} is out of range: give 0..{HELD_OUT_START - 1} for training, "
-            f"{HELD_OUT_START}..{2 * HELD_OUT_START - 1} for held-out scenes"
+            f"{HELD_OUT_START}..{HELD_OUT_END - 1} for held-out scenes"
         )
 
 

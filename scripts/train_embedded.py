@@ -46,6 +46,7 @@ from toy_world import (
     PATCH_SIZE,
     SHAPES,
     STILL_TYPES,
+    TABLES_START,
     VIDEO_TYPES,
     Question,
     Scene,
@@ -80,7 +81,8 @@ IMAGE_PACK = {"colour": 1, "shape": 1, "place": 3, "count": 3, "presence": 2}
 VIDEO_PACK = {"colour": 1, "shape": 1, "place": 3, "count": 3, "presence": 1, "motion": 3, "order": 2}
 SECOND_TURN_SHARE = 0.15  # how many questions follow another one in the same chat
 SHARD = 2000  # scenes in one file of cached features
-TEST_SCENES = 192  # held-out scenes of each kind that training is followed on; the final evaluation uses others
+TRAINING_SCENES = range(HELD_OUT_START)
+FOLLOWED_SCENES = range(HELD_OUT_START, HELD_OUT_START + 192)  # the final evaluation uses those after them
 # Small batches: how soon answers turn right depends on the number of steps more than on the number of questions in each.
 VIDEO_BATCH, IMAGE_BATCH, FRAME_BATCH = 8, 8, 16
 
@@ -217,20 +219,20 @@ class VisionHeads(nn.Module):
 
 
 def vision_batch(
-    rng: np.random.Generator, image_processor: LlavaNextImageProcessor, num_videos: int, num_images: int, first_seed: int
+    rng: np.random.Generator, image_processor: LlavaNextImageProcessor, num_videos: int, num_images: int, seeds: range
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four frames of each video and all views of each image.
+    """Four frames of each video and all views of each image, of scenes drawn from `seeds`.
 
     Returns pixels float32 (N, 3, 96, 96), patch labels int64 (N, 144, 4) and the pairs in view float32 (N, 42).
     """
     pixels, labels = [], []
     for _ in range(num_videos):
-        scene = sample_video(first_seed + int(rng.integers(HELD_OUT_START)))
+        scene = sample_video(seeds[rng.integers(len(seeds))])
         times = rng.choice(NUM_FRAMES, 4, replace=False)
         pixels.append(frames_to_pixels(scene.frames[times]))
         labels += [patch_labels(scene.things, object_map(scene, t)) for t in times]
     for _ in range(num_images):
-        scene = sample_image(first_seed + int(rng.integers(HELD_OUT_START)))
+        scene = sample_image(seeds[rng.integers(len(seeds))])
         pixels.append(image_to_pixels(image_processor, scene))
         labels += [patch_labels(scene.things, view) for view in view_maps(object_map(scene))]
     return torch.cat(pixels), *dense_targets(labels)
@@ -301,9 +303,9 @@ def encode_scenes(model, kind: str, seeds: range) -> list[Sample]:
     return samples
 
 
-def held_out_scenes(model, number: int) -> dict[str, list[Sample]]:
-    """The first held-out scenes of both kinds."""
-    return {kind: encode_scenes(model, kind, range(HELD_OUT_START, HELD_OUT_START + number)) for kind in ("video", "image")}
+def held_out_scenes(model) -> dict[str, list[Sample]]:
+    """The scenes of both kinds that training is followed on."""
+    return {kind: encode_scenes(model, kind, FOLLOWED_SCENES) for kind in ("video", "image")}
 
 
 def cached_scenes(model, kind: str, shard: int, work_dir: Path) -> list[Sample]:
@@ -550,13 +552,13 @@ def train_vision(run: Run, model, steps: int, peak: float) -> None:
     image_processor = build_image_processor()
     parameters = [*tower.parameters(), *heads.parameters()]
     for step, optimizer, seconds in run.steps("vision", steps, peak, {"model": model, "heads": heads}, parameters):
-        pixels, labels, pairs = vision_batch(run.rng(1, step), image_processor, 12, 6, first_seed=0)
+        pixels, labels, pairs = vision_batch(run.rng(1, step), image_processor, 12, 6, TRAINING_SCENES)
         with torch.autocast("cpu", torch.bfloat16):
             predictions = heads(tower(pixels, output_hidden_states=True))
         loss = vision_loss(*predictions, labels, pairs)
         update(optimizer, loss)
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            pixels, labels, pairs = vision_batch(run.rng(2), image_processor, 24, 12, first_seed=HELD_OUT_START)
+            pixels, labels, pairs = vision_batch(run.rng(2), image_processor, 24, 12, FOLLOWED_SCENES)
             with torch.no_grad():
                 dense, tap_pairs, _ = heads(tower(pixels, output_hidden_states=True))
             accuracy = vision_accuracy(dense, tap_pairs, labels, pairs)
@@ -623,7 +625,7 @@ def train_language(run: Run, model, tokenizer: Tokenizer, steps: int, peak: floa
                 training=averages(recent),
             )
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            test = test or held_out_scenes(model, TEST_SCENES)
+            test = test or held_out_scenes(model)
             run.log(stage="language", step=step + 1, seconds=round(seconds), held_out=evaluate(model, tokenizer, test))
 
 
@@ -775,7 +777,7 @@ def evaluate_generation(folder: Path, number: int) -> dict[str, dict[str, float]
     """Accuracy of the exported folder on `number` held-out scenes of each kind, through stock processor and `generate`."""
     model = LlavaNextVideoForConditionalGeneration.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    first = HELD_OUT_START + TEST_SCENES
+    first = FOLLOWED_SCENES.stop
     result = {}
     for kind, sample, placeholder in (("video", sample_video, VIDEO), ("image", sample_image, IMAGE)):
         hits: defaultdict[str, list[bool]] = defaultdict(list)
@@ -813,6 +815,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in vars(args).items():
         if isinstance(value, int) and value < (name in ("threads", "video_shards", "image_shards", "shard_steps")):
             parser.error(f"--{name.replace('_', '-')} {value}: too small")
+    if args.evaluate > TABLES_START - FOLLOWED_SCENES.stop:
+        parser.error(f"--evaluate {args.evaluate}: at most {TABLES_START - FOLLOWED_SCENES.stop}, then come the scenes of the tables")
     return args
 
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from evaluate_log import claimed
 from evaluate_questions import CONSTANT_QUERY, OtherQuery, Questions
 from evaluate_report import interval, mark_fronts, pareto_front, score
 from rediprune.configuration_rediprune import PruningConfig
 from repository import FeatureMemory, keep_ratio
+from toy_world import HELD_OUT_START, TABLES_START
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,6 +116,14 @@ def test_processes_share_the_batches_and_give_the_same_answers(monkeypatch, tmp_
     assert not list(tmp_path.glob("*.batches.*"))
 
 
+def test_a_second_run_with_the_same_output_is_refused(monkeypatch, tmp_path):
+    with claimed(tmp_path / "a"):
+        with pytest.raises(SystemExit, match="another run is writing to .*a.answers.jsonl; .* choose another --output"):
+            evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+        evaluate(monkeypatch, tmp_path / "b", *SMALL, "--settings", "uniform")
+    evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+
+
 def test_the_features_of_a_batch_do_not_depend_on_what_came_before(loaded):
     model, processor = loaded
     pictures = torch.rand(5, 3, 96, 96)
@@ -126,6 +136,39 @@ def test_the_features_of_a_batch_do_not_depend_on_what_came_before(loaded):
     assert torch.equal(twice, again["features"][[0, 1, 0, 2]])
     assert memory(pictures.bfloat16())["features"].shape == (5, 144, 128)  # numpy has no such type
     del model._tap
+
+
+# -- scenes ------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_measures_on_scenes_that_training_or_choices_were_made_on(monkeypatch, tmp_path):
+    import relevance_study
+    import train_embedded
+
+    monkeypatch.setattr(sys, "argv", ["relevance_study.py", "--output", str(tmp_path / "a")])
+    study = relevance_study.parse_arguments()
+    chosen_on = range(study.first_scene, study.first_scene + study.scenes)
+    followed = range(train_embedded.FOLLOWED_SCENES.start, train_embedded.FOLLOWED_SCENES.stop + 1000)  # README: final 1000
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(tmp_path / "a")])
+    tables = importlib.import_module("evaluate").parse_arguments()
+    tables = range(tables.first_scene, tables.first_scene + tables.scenes)
+    groups = [train_embedded.TRAINING_SCENES, followed, tables, chosen_on]
+    assert all(first.stop <= second.start for first, second in zip(groups, groups[1:]))
+
+    small = Questions("image", 2, first_scene=tables.start)
+    assert small.texts == Questions("image", 2).texts != Questions("image", 2, first_scene=followed.start).texts
+
+
+def test_a_report_names_its_scenes(monkeypatch, tmp_path):
+    first = HELD_OUT_START + 7
+    arguments = [*SMALL, "--settings", "uniform"]
+    report = evaluate(monkeypatch, tmp_path / "a", *arguments, "--first-scene", first)
+    assert report["first_scene"] == first and report["command"].endswith(f"--first-scene {first}")
+    assert f"about 2 scenes from number {first} on" in (tmp_path / "a.md").read_text()
+    assert report["rows"][0]["questions"] == len(Questions("video", 2, first))
+    with pytest.raises(SystemExit, match="belongs to another run"):
+        evaluate(monkeypatch, tmp_path / "a", *arguments)
+    assert evaluate(monkeypatch, tmp_path / "b", *arguments)["command"].endswith(f"--first-scene {TABLES_START}")
 
 
 # -- controls and seeds ------------------------------------------------------------------------------------------------
@@ -257,6 +300,9 @@ def test_visual_tokens_are_counted(loaded):
         (["--settings", "rediprune,query=other", "--scenes", "1"], "give at least --scenes 2"),
         (["--seeds", "0"], "'0' is not a number of at least 1"),
         (["--scenes", "many"], "'many' is not a number of at least 1"),
+        (["--first-scene", "5"], "--first-scene 5 --scenes 300: held-out scenes have the numbers 1000000000 to 1999999999"),
+        (["--first-scene", "1999999990"], "--first-scene 1999999990 --scenes 300: held-out scenes"),
+        (["--first-scene", "first"], "invalid int value: 'first'"),
     ],
 )
 def test_evaluate_says_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, message):
