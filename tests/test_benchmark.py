@@ -323,7 +323,7 @@ def test_a_tie_for_one_implementation_alone():
 
 
 def test_layers_that_were_left_out_are_scaled():
-    samples = {"selection": [0.0], "projector": [0.0], "vision encoder": [1.0], "other": [0.0]}
+    samples = {"selection": [0.6], "projector": [0.0], "vision encoder": [0.4], "other": [0.0]}
     rows = [
         {"method": method, "keep_ratio": ratio, "frames": 8, "pooling": "before", "batch": 1, "error": None,
          "operations": {"prefill": prefill}, "paper_prefill_multiply_adds": prefill,
@@ -334,6 +334,7 @@ def test_layers_that_were_left_out_are_scaled():
     found = summarise(report)[1]
     assert found["end_to_end_speedup"]["median"] == 6 / 3
     assert found["scaled_end_to_end_speedup"]["median"] == (1 + 10 * 5) / (1 + 10 * 2)
+    assert found["selection_share_of_saving"] == pytest.approx(0.6 / (10 * (4 - 1)))
     assert found["prefill_speedup"]["median"] == found["prefill_operations_ratio"] == 4 and found["share_of_limit"] == 1
 
 

@@ -244,6 +244,27 @@ def test_the_interval_resamples_scenes():
     assert 0.35 < narrow["low"] < 0.5 < narrow["high"] < 0.65
 
 
+def test_agreement_is_with_the_unpruned_model_and_not_with_the_right_answers():
+    types, scenes = np.array(["a"] * 4), np.arange(4)
+    row = score(["x"] * 4, types, scenes, [["x", "y", "y", "y"]], ["y", "y", "y", "z"])
+    assert (row["accuracy"], row["agreement_with_unpruned"]) == (0.25, 0.5)
+
+
+def test_the_interval_holds_95_percent():
+    found = interval(np.tile([1.0, 0.0], 200), np.arange(400))
+    half_width = 1.96 * 0.5 / 20  # of a share of one half in 400 independent scenes; 90 % would be 1.645 * 0.5 / 20 = 0.041
+    assert found["low"] == pytest.approx(0.5 - half_width, abs=0.004)
+    assert found["high"] == pytest.approx(0.5 + half_width, abs=0.004)
+
+
+def test_every_question_counts_the_same_however_many_its_scene_has():
+    """Half of the scenes have nine questions, all right, the others one, wrong: the mean of scene shares would be one half."""
+    scenes = np.repeat(np.arange(400), np.tile([9, 1], 200))
+    right = np.isin(scenes % 2, 0).astype(float)
+    found = interval(right, scenes)
+    assert found["accuracy"] == 0.9 and 0.87 < found["low"] < 0.9 < found["high"] < 0.93
+
+
 def test_pareto_front():
     assert pareto_front([1, 2, 3, 2, 2], [0.5, 0.7, 0.7, 0.4, 0.7]) == [True, True, False, False, True]
     rows = [{"kind": "video", "accuracy": a, "time": {"seconds_per_question": t}} for a, t in ((0.5, 1), (0.4, 2))]
