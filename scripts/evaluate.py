@@ -32,8 +32,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
+import evaluate_questions
 import torch
-from evaluate_log import AnswerLog, JsonLines, claimed
+import toy_world
+from evaluate_log import AnswerLog, JsonLines, claimed, code_fingerprint
 from evaluate_questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
 from evaluate_report import mark_fronts, markdown, score
 from repository import (
@@ -175,6 +177,7 @@ class Evaluation:
             "scenes": args.scenes,
             "dtype": str(self.model.dtype),
             "pruning": dict(args.pruning),
+            "code": code_fingerprint(self.model, self.processor, evaluate_questions, toy_world),
             "weights": float(sum(parameter.detach().double().abs().sum() for parameter in self.model.parameters())),
         }
         self.output = args.output

@@ -5,6 +5,9 @@ writes the batches that it has answered to a file of its own, OUTPUT.batches.RAN
 number of processes comes next, and removed at the end. The first line of each file says what run it belongs to.
 """
 
+import ast
+import hashlib
+import inspect
 import json
 import math
 import sys
@@ -72,7 +75,7 @@ class JsonLines:
         if not same_run(found, self.fingerprint):
             fail(
                 f"{self.path} belongs to another run ({first}); this one is {json.dumps(self.fingerprint)}. Choose another "
-                "--output, or remove that file."
+                "--output, or remove that file; where `code` differs, the checkout that began the run can go on with it."
             )
 
     def append(self, record: dict) -> None:
@@ -84,6 +87,27 @@ class JsonLines:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(lines if present.endswith(b"\n") else "\n" + lines)
+
+
+def code_fingerprint(*objects) -> str:
+    """
+    A hash of all code files beside those of the classes of `objects`, or of modules themselves, without comments and
+    docstrings: the answers of one version of a method are not those of another.
+    """
+    files = {}
+    for each in objects:
+        path = Path(inspect.getfile(each if inspect.ismodule(each) else type(each)))
+        files |= {file.name: file for file in ([path] if inspect.ismodule(each) else path.parent.glob("*.py"))}
+    code = "\n".join(_statements(files[name].read_text(encoding="utf-8")) for name in sorted(files))
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def _statements(code: str) -> str:
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def same_run(found, fingerprint: dict) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from evaluate_log import claimed
+from evaluate_log import claimed, code_fingerprint
 from evaluate_questions import CONSTANT_QUERY, OtherQuery, Questions
 from evaluate_report import interval, mark_fronts, pareto_front, score
 from rediprune.configuration_rediprune import PruningConfig
@@ -114,6 +114,26 @@ def test_processes_share_the_batches_and_give_the_same_answers(monkeypatch, tmp_
     assert shared["rows"] == alone["rows"] and shared["environment"]["processes"] == 2
     assert (tmp_path / "shared.answers.jsonl").read_text() == (tmp_path / "alone.answers.jsonl").read_text()
     assert not list(tmp_path.glob("*.batches.*"))
+
+
+def test_answers_of_other_code_are_not_taken_over(monkeypatch, tmp_path):
+    evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+    monkeypatch.setattr(importlib.import_module("evaluate"), "code_fingerprint", lambda *objects: "0" * 16)
+    with pytest.raises(SystemExit, match="belongs to another run .* where `code` differs, the checkout that began the run"):
+        evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+
+
+def test_code_is_what_is_done_in_all_files_of_a_package(monkeypatch, tmp_path):
+    (tmp_path / "things_of_a_test.py").write_text("class Thing:\n    pass\n")
+    beside = tmp_path / "beside.py"
+    beside.write_text('def two():\n    """Two."""\n    return 2\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    thing = importlib.import_module("things_of_a_test").Thing()
+    before = code_fingerprint(thing)
+    beside.write_text('"""A file."""\n\n\ndef two():\n    """The number two."""\n    return 2  # as it is named\n')
+    assert code_fingerprint(thing) == before
+    beside.write_text("def two():\n    return 3\n")
+    assert code_fingerprint(thing) != before
 
 
 def test_a_second_run_with_the_same_output_is_refused(monkeypatch, tmp_path):
