@@ -1,6 +1,5 @@
 """Configuration: what can be set, checked when it is set."""
 
-import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Callable, Optional
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
     from .method_trim_rediprune import Trim  # noqa: F401
     from .method_visionzip_rediprune import VisionZip  # noqa: F401
 
+# The largest weight of relevance or time beside a distance of at most 2: far from what an fp32 score can hold, and from
+# where rounding leaves nothing of the distance.
+LARGEST_WEIGHT = 10**6
 LINK_KEYS = ("weights_from", "weights_revision")
 SCOPES = ("frame", "video", "medium")
 BASE_MODEL_TYPE = LlavaNextVideoConfig.model_type
@@ -73,23 +75,54 @@ def _resolve_tower(block, variant):
     return {**block, "text_tower": resolve_folder("text_tower", block["text_tower"], variant)}
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _plain(value):
+    """A scalar of numpy or torch as the Python number that it holds; every other value as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def _is_integer(value) -> bool:
+def _shown(value) -> str:
+    """A value for a message, cut where it is long; Python refuses to write out integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_whole(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _setting(default, accepts: Callable[[Any], bool], expected: str):
-    return field(default=default, metadata={"accepts": accepts, "expected": expected})
+def _are_sizes(value) -> bool:
+    """Whether a value is a list of at least one [height, width]."""
+    is_list = lambda values: isinstance(values, (list, tuple)) and len(values) > 0  # noqa: E731
+    return is_list(value) and all(is_list(size) and len(size) == 2 and all(map(_is_positive, size)) for size in value)
+
+
+def _is_positive(value) -> bool:
+    return _is_whole(value) and value > 0
+
+
+def _setting(default, accepts: Callable[[Any], bool], expected: str, convert: Callable[[Any], Any] = lambda value: value):
+    """A key of the block; `None` is accepted, too, where it is the default: then the method decides."""
+    return field(default=default, metadata={"accepts": accepts, "expected": expected, "convert": convert})
+
+
+def _number(default: Optional[float], accepts: Callable[[float], bool], expected: str):
+    """A number, kept as a `float`."""
+    is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)  # noqa: E731
+    return _setting(default, lambda value: is_number(value) and accepts(value), expected, float)
+
+
+def _integer(default: Optional[int], least: int):
+    """An integer that a tensor can hold."""
+    accepts = lambda value: _is_whole(value) and least <= value < 2**31  # noqa: E731
+    return _setting(default, accepts, f"an integer of at least {least} and below 2**31")
 
 
 def _choice(default: Optional[str], names):
-    """One of `names`; also `None` where that is the default: then the method decides."""
-    is_open = lambda value: default is None and value is None  # noqa: E731
-    accepts = lambda value: is_open(value) or isinstance(value, str) and value in names  # noqa: E731
-    return _setting(default, accepts, f"one of {', '.join(map(repr, names))}{' or None' if default is None else ''}")
+    """One of `names`."""
+    accepts = lambda value: isinstance(value, str) and value in names  # noqa: E731
+    return _setting(default, accepts, f"one of {', '.join(map(repr, names))}")
 
 
 @dataclass
@@ -97,7 +130,8 @@ class PruningConfig:
     """
     The `pruning` block of `config.json`: the only home of the pruning parameters.
 
-    Every value is checked when it is set, in the constructor and by attribute.
+    Every value is checked when it is set, in the constructor and by attribute. Scalars of numpy and torch are taken as the
+    numbers that they hold, and numbers that need not be whole are kept as `float`.
 
     Args:
         method (`str`, defaults to `"rediprune"`): which tokens stay; a key of `METHODS` in `methods_rediprune.py`.
@@ -116,12 +150,12 @@ class PruningConfig:
             the processor finds (`content_words`); `"all"` = all of the text. With the relevance `"attention"` it is always all.
         distance (`str`, *optional*): what max-min diversity is measured in, `"features"` of the vision tower or
             `"projected"` tokens. Used by the ReDiPrune methods and `"divprune"`.
-        time_weight (`float`, *optional*): what the whole length of a video adds to that distance, at least 0.
+        time_weight (`float`, *optional*): what the whole length of a video adds to that distance, in [0, 1e6].
         proportional_attention (`bool`, *optional*): a kept token weighs in the language model's attention as much as all
             tokens that it stands for.
         merging (`float`, *optional*): how far a kept token's features move to the mean of all tokens that it stands for, in
             [0, 1].
-        alpha (`float`, defaults to 0.5): weight of the relevance beside the diversity (paper, §3.4).
+        alpha (`float`, defaults to 0.5): weight of the relevance beside the diversity (paper, §3.4), in [-1e6, 1e6].
         threshold (`float`, defaults to 0.0): the tau of Algorithm 1, a cosine. Used by the candidate pools
             `"algorithm1"` and `"released"`; at most 0 filters nothing.
         candidate_pool (`str`, defaults to `"all"`): `"all"` = every token is a candidate; `"algorithm1"` = the paper's
@@ -146,50 +180,57 @@ class PruningConfig:
     """
 
     method: str = _choice("rediprune", tuple(METHODS))
-    keep_ratio: float = _setting(0.15, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
+    keep_ratio: float = _number(0.15, lambda value: 0 < value <= 1, "a number in (0, 1]")
     scope: Optional[str] = _choice(None, SCOPES)
     relevance: Optional[str] = _choice(None, RELEVANCES)
-    relevance_layer: int = _setting(1, lambda value: _is_integer(value) and value >= 0, "an integer of at least 0")
+    relevance_layer: int = _integer(1, 0)
     text_tower: Optional[str] = _setting(
         None,
-        lambda value: value is None or isinstance(value, str) and bool(value.strip()),
-        "the Hub id or folder of a CLIP checkpoint, or None",
+        lambda value: isinstance(value, str) and bool(value.strip()),
+        "the Hub id or folder of a CLIP checkpoint",
     )
     words: Optional[str] = _choice(None, ("all", "content"))
     distance: Optional[str] = _choice(None, ("features", "projected"))
-    time_weight: Optional[float] = _setting(
-        None, lambda value: value is None or _is_number(value) and value >= 0, "a number of at least 0, or None"
+    time_weight: Optional[float] = _number(
+        None, lambda value: 0 <= value <= LARGEST_WEIGHT, f"a number in [0, {LARGEST_WEIGHT}]"
     )
-    proportional_attention: Optional[bool] = _setting(
-        None, lambda value: value is None or isinstance(value, bool), "true, false or None"
+    proportional_attention: Optional[bool] = _setting(None, lambda value: isinstance(value, bool), "true or false")
+    merging: Optional[float] = _number(None, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+    alpha: float = _number(
+        0.5,
+        lambda value: -LARGEST_WEIGHT <= value <= LARGEST_WEIGHT,
+        f"a number in [{-LARGEST_WEIGHT}, {LARGEST_WEIGHT}] (0 leaves diversity alone)",
     )
-    merging: Optional[float] = _setting(
-        None, lambda value: value is None or _is_number(value) and 0 <= value <= 1, "a number in [0, 1], or None"
-    )
-    alpha: float = _setting(0.5, _is_number, "a finite number (0 leaves diversity alone)")
-    threshold: float = _setting(0.0, lambda value: _is_number(value) and -1 <= value <= 1, "a cosine in [-1, 1]")
+    threshold: float = _number(0.0, lambda value: -1 <= value <= 1, "a cosine in [-1, 1]")
     candidate_pool: str = _choice("all", CANDIDATE_POOLS)
-    max_candidates: Optional[int] = _setting(
-        None, lambda value: value is None or _is_integer(value) and value > 0, "a positive integer or None"
-    )
+    max_candidates: Optional[int] = _integer(None, 1)
     query_weighting: str = _choice("exponential", QUERY_WEIGHTINGS + ("none",))
-    query_max_tokens: int = _setting(128, lambda value: _is_integer(value) and value > 0, "a positive integer")
-    encoder_keep_ratio: float = _setting(0.5, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
+    query_max_tokens: int = _integer(128, 1)
+    encoder_keep_ratio: float = _number(0.5, lambda value: 0 < value <= 1, "a number in (0, 1]")
     pooling: str = _choice("before", ("before", "skip"))
     positions: Optional[str] = _choice(None, ("compact", "original"))
-    seed: int = _setting(0, lambda value: _is_integer(value) and value >= 0, "a non-negative integer")
+    seed: int = _setting(0, lambda value: _is_whole(value) and value >= 0, "a non-negative integer")
 
     def __post_init__(self):
         self._check_together(vars(self))
 
     def __setattr__(self, key, value):
         self._check_keys([key])
-        rule = self.__dataclass_fields__[key].metadata
-        if not rule["accepts"](value):
-            raise ValueError(f"pruning key {key!r} is {value!r}, but must be {rule['expected']}")
+        value = self._checked(key, _plain(value), self.__dataclass_fields__[key])
         if len(vars(self)) == len(self.__dataclass_fields__):  # the constructor checks when all are set
             self._check_together({**vars(self), key: value})
         super().__setattr__(key, value)
+
+    @staticmethod
+    def _checked(key, value, setting):
+        """The value of a key as it is kept, or ValueError."""
+        rule, may_be_open = setting.metadata, setting.default is None
+        if value is None and may_be_open:
+            return value
+        if not rule["accepts"](value):
+            expected = rule["expected"] + (", or None" if may_be_open else "")
+            raise ValueError(f"pruning key {key!r} is {_shown(value)}, but must be {expected}")
+        return rule["convert"](value)
 
     @staticmethod
     def _check_together(values: dict):
@@ -310,6 +351,13 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
         if key in LINK_KEYS and value is not None and not (isinstance(value, str) and value.strip()):
             expected = "a Hub id or a folder" if key == "weights_from" else "a branch, tag or commit"
             raise ValueError(f"config key {key!r} is {value!r}, but must be {expected}, or None for weights of its own")
+        if key == "spatial_pool_stride" and not _is_positive(value):
+            raise ValueError(f"config key {key!r} is {_shown(value)}, but must be a positive integer: how many tokens become one")
+        if key == "image_grid_pinpoints" and value is not None and not _are_sizes(value):
+            raise ValueError(
+                f"config key {key!r} is {_shown(value)}, but must be a list of sizes [height, width] in pixels, multiples of the "
+                "side of a tile, such as [[336, 672], [672, 336]]"
+            )
         super().__setattr__(key, PruningConfig.from_value(value) if key == "pruning" else value)
 
     @classmethod

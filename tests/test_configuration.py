@@ -5,12 +5,14 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
 from rediprune.methods_rediprune import METHODS
-from tiny import tiny_config
+from tiny import random_video, tiny_config
 from transformers import LlavaNextVideoConfig
 
 DEFAULTS = {
@@ -49,35 +51,41 @@ REFUSED = [
     ("keep_ratio", "0.15", r"a number in (0, 1]"),
     ("keep_ratio", True, r"a number in (0, 1]"),
     ("keep_ratio", None, r"a number in (0, 1]"),
-    ("scope", "clip", "'frame', 'video', 'medium' or None"),
+    ("keep_ratio", 0.3j, "0.3j, but must be a number in (0, 1]"),
+    ("scope", "clip", "'frame', 'video', 'medium', or None"),
+    ("relevance_layer", 2**31, "an integer of at least 0 and below 2**31"),
     ("relevance_layer", -1, "an integer of at least 0"),
     ("relevance_layer", None, "an integer of at least 0"),
     ("relevance_layer", True, "an integer of at least 0"),
-    ("words", "nouns", "'all', 'content' or None"),
-    ("words", True, "'all', 'content' or None"),
-    ("distance", "pooled", "'features', 'projected' or None"),
-    ("time_weight", -0.1, "a number of at least 0, or None"),
-    ("time_weight", math.inf, "a number of at least 0, or None"),
-    ("proportional_attention", 1, "true, false or None"),
-    ("proportional_attention", "yes", "true, false or None"),
+    ("words", "nouns", "'all', 'content', or None"),
+    ("words", True, "'all', 'content', or None"),
+    ("distance", "pooled", "'features', 'projected', or None"),
+    ("time_weight", -0.1, "a number in [0, 1000000], or None"),
+    ("time_weight", 1e39, "a number in [0, 1000000], or None"),
+    ("time_weight", math.inf, "a number in [0, 1000000], or None"),
+    ("proportional_attention", 1, "true or false, or None"),
+    ("proportional_attention", "yes", "true or false, or None"),
     ("merging", 1.1, "a number in [0, 1], or None"),
     ("merging", True, "a number in [0, 1], or None"),
     ("relevance", "clip", "text_tower is None; set text_tower to a CLIP checkpoint"),
     ("text_tower", "", "the Hub id or folder of a CLIP checkpoint, or None"),
     ("text_tower", True, "the Hub id or folder of a CLIP checkpoint, or None"),
-    ("relevance", 1, "'pooled', 'projected', 'attention', 'clip' or None"),
-    ("relevance", "cosine", "one of 'pooled', 'projected', 'attention', 'clip' or None"),
-    ("relevance", ["pooled"], "one of 'pooled', 'projected', 'attention', 'clip' or None"),
-    ("alpha", math.nan, "a finite number"),
-    ("alpha", "0.5", "a finite number"),
+    ("relevance", 1, "'pooled', 'projected', 'attention', 'clip', or None"),
+    ("relevance", "cosine", "one of 'pooled', 'projected', 'attention', 'clip', or None"),
+    ("relevance", ["pooled"], "one of 'pooled', 'projected', 'attention', 'clip', or None"),
+    ("alpha", math.nan, "a number in [-1000000, 1000000] (0 leaves diversity alone)"),
+    ("alpha", 1e39, "a number in [-1000000, 1000000]"),
+    ("alpha", -1000001, "a number in [-1000000, 1000000]"),
+    ("alpha", "0.5", "a number in [-1000000, 1000000]"),
     ("threshold", 1.5, "a cosine in [-1, 1]"),
     ("threshold", math.nan, "a cosine in [-1, 1]"),
     ("candidate_pool", "some", "'all', 'algorithm1', 'released'"),
-    ("max_candidates", 0, "a positive integer or None"),
-    ("max_candidates", 2.0, "a positive integer or None"),
+    ("max_candidates", 0, "an integer of at least 1 and below 2**31, or None"),
+    ("max_candidates", 2.0, "an integer of at least 1 and below 2**31, or None"),
+    ("max_candidates", 10**30, "an integer of at least 1 and below 2**31, or None"),
     ("query_weighting", "linear", "'exponential', 'self_attention', 'middle_peak', 'average', 'none'"),
-    ("query_max_tokens", 0, "a positive integer"),
-    ("query_max_tokens", True, "a positive integer"),
+    ("query_max_tokens", 0, "an integer of at least 1 and below 2**31"),
+    ("query_max_tokens", True, "an integer of at least 1 and below 2**31"),
     ("encoder_keep_ratio", 0, r"a number in (0, 1]"),
     ("encoder_keep_ratio", 1.5, r"a number in (0, 1]"),
     ("encoder_keep_ratio", 0, r"a number in (0, 1]"),
@@ -172,6 +180,32 @@ def test_a_bad_value_names_key_value_and_allowed_range(key, value, expected, con
             set_it()
         assert f"pruning key {key!r} is {value!r}" in str(error.value)
         assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, shown",
+    [
+        ("keep_ratio", 10**400, "an integer of 1329 bits"),
+        ("keep_ratio", 10**5000, "an integer of 16610 bits"),
+        ("keep_ratio", "1" * 400, "'" + "1" * 199 + "..."),
+        ("alpha", -(10**400), "an integer of 1329 bits"),
+        ("relevance_layer", 10**400, "an integer of 1329 bits"),
+        ("keep_ratio", np.True_, "True"),
+        ("keep_ratio", torch.tensor(True), "True"),
+        ("keep_ratio", np.float32(1.5), "1.5"),
+        ("keep_ratio", np.array([0.3]), "array([0.3])"),
+        ("keep_ratio", torch.tensor([0.3]), "tensor([0.3000])"),
+    ],
+    ids=lambda value: type(value).__name__,  # not all of them can be written out
+)
+def test_a_value_that_no_message_can_hold_is_cut_or_made_plain(key, value, shown, config):
+    with pytest.raises(ValueError) as error:
+        setattr(config.pruning, key, value)
+    assert f"pruning key {key!r} is {shown}, but must be " in str(error.value)
+    if key == "keep_ratio":
+        with pytest.raises(ValueError) as error:
+            config.pruning.with_keep_ratio(value)
+        assert f"is {shown}, but must be a number in (0, 1]" in str(error.value)
 
 
 def test_an_unknown_key_names_itself_and_the_allowed_ones(config):
@@ -338,7 +372,7 @@ BLOCKS = st.fixed_dictionaries(
     optional={
         "method": st.sampled_from(list(METHODS)),
         "keep_ratio": st.floats(0, 1, exclude_min=True) | st.just(1),
-        "alpha": st.floats(allow_nan=False, allow_infinity=False) | st.integers(-5, 5),
+        "alpha": st.floats(-1e6, 1e6) | st.integers(-5, 5),
         "query_weighting": st.sampled_from(
             ["exponential", "self_attention", "middle_peak", "average", "none"]
         ),
@@ -381,3 +415,51 @@ def test_a_ratio_for_one_call_is_a_copy_and_is_checked():
     assert block.with_keep_ratio(None) is block
     with pytest.raises(ValueError, match="'keep_ratio' is 0"):
         block.with_keep_ratio(0)
+
+
+@pytest.mark.parametrize(
+    "value", [np.float64(0.25), np.float32(0.25), np.array(0.25), torch.tensor(0.25), torch.tensor(0.25).bfloat16()], ids=type
+)
+def test_scalars_of_numpy_and_torch_are_the_numbers_that_they_hold(value, config):
+    config.pruning.keep_ratio = value
+    for block in (PruningConfig(keep_ratio=value), PruningConfig().with_keep_ratio(value), config.pruning):
+        assert type(block.keep_ratio) is float and block.keep_ratio == 0.25 and block.count(100) == 25
+    assert json.loads(config.to_json_string())["pruning"]["keep_ratio"] == 0.25
+
+
+def test_what_need_not_be_whole_is_a_float_and_what_must_be_is_not():
+    block = PruningConfig(
+        keep_ratio=np.int64(1), alpha=2, time_weight=0, merging=torch.tensor(1), seed=np.int64(3), query_max_tokens=np.uint8(9),
+        proportional_attention=np.True_, method=np.str_("divprune"),
+    )  # fmt: skip
+    assert type(block.seed) is type(block.query_max_tokens) is int and block.proportional_attention is True
+    assert type(block.method) is str
+    assert all(type(getattr(block, key)) is float for key in ("keep_ratio", "alpha", "time_weight", "merging", "threshold"))
+    assert json.loads(json.dumps(block.to_dict())) == block.to_dict()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weights", [{"alpha": 10**6}, {"alpha": -(10**6)}, {"time_weight": 10**6}], ids=str)
+def test_the_largest_weights_leave_every_choice_sound(weights, model, processor):
+    model.config.pruning = {"scope": "video", "keep_ratio": 0.3, **weights}
+    processor = copy.copy(processor)
+    processor.pruning = model.config.pruning
+    output = model(**processor(text="USER: <video> what colour is the star ?", videos=[random_video()]))
+    ((kept,),) = output.video_kept_indices
+    assert (kept.diff() > 0).all() and output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "2"])
+def test_a_stride_that_pools_nothing_is_refused(value, config, tmp_path):
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "spatial_pool_stride": value}))
+    for make in (lambda: tiny_config(spatial_pool_stride=value), lambda: ReDiPruneConfig.from_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="config key 'spatial_pool_stride' is .*, but must be a positive integer"):
+            make()
+
+
+@pytest.mark.parametrize("value", [[], [336, 672], [[336]], [[0, 336]], [[336, 672.0]], [["336", "672"]], 336, "336x672", [None]])
+def test_pinpoints_that_are_no_sizes_are_refused(value, config):
+    with pytest.raises(ValueError, match="'image_grid_pinpoints' is .*, but must be a list of sizes .height, width. in pixels"):
+        config.image_grid_pinpoints = value
