@@ -1,6 +1,7 @@
 """LLaVA-NeXT-Video whose visual tokens are pruned between the vision encoder and the projector."""
 
 import contextlib
+import copy
 import itertools
 import os
 import threading
@@ -463,6 +464,38 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         offloading = "offloaded" in cache_implementation
         return StaticCache(config=self.config.text_config, max_cache_len=max_cache_len, offloading=offloading)
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        # Of 5.x. Chunks of a prompt cannot hold pixels, so where they are asked for the media are encoded before.
+        size = generation_config.prefill_chunk_size
+        if size is not None and self._media_in_chunks(size, model_kwargs):
+            model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
+        # Of 4.57, which can neither encode media before the prefill nor go on from a cache in chunks.
+        size = generation_config.prefill_chunk_size
+        if cached_tokens(model_kwargs.get("past_key_values")):
+            raise ValueError(
+                f"prefill_chunk_size={size} cannot go on from a cache with this version of transformers; pass "
+                "prefill_chunk_size=None, or install transformers 5."
+            )
+        if self._media_in_chunks(size, model_kwargs):
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = input_ids.shape[1]
+        return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
+
+    def _media_in_chunks(self, size: int, model_kwargs: dict) -> bool:
+        """Whether a prompt that is to be prefilled in chunks has media. Raises ValueError where they are pruned."""
+        if all(model_kwargs.get(pixels) is None for pixels in ("pixel_values", "pixel_values_videos")):
+            return False
+        pruning = self._pruning_of_call(model_kwargs.get("keep_ratio"))
+        if pruning.prunes or pruning.pooling != "before":
+            raise ValueError(
+                f"prefill_chunk_size={size} was given, but the media of this prompt are pruned by the question, which a chunk "
+                "does not hold; pass prefill_chunk_size=None, or keep_ratio=1 to the processor."
+            )
+        return True
+
     def _expand_inputs_for_generation(
         self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, pixel_values_videos=None,
         image_sizes=None, **kwargs,
@@ -487,10 +520,12 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
-        kwargs["pixel_values"] = take(pixel_values, "image")
-        kwargs["pixel_values_videos"] = take(pixel_values_videos, "video")
-        kwargs["image_sizes"] = take(image_sizes, "image")
-        return input_ids, kwargs
+        expanded = {
+            "pixel_values": take(pixel_values, "image"),
+            "pixel_values_videos": take(pixel_values_videos, "video"),
+            "image_sizes": take(image_sizes, "image"),
+        }
+        return input_ids, kwargs | {key: values for key, values in expanded.items() if values is not None}
 
     # -- what the media of a prompt are -------------------------------------------------------------------------------
 
