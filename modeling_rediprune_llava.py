@@ -315,6 +315,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         stock = {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
         self._check_context(inputs_embeds if input_ids is None else input_ids, past_key_values)
         if pixel_values is None and pixel_values_videos is None:
+            self._refuse_empty_placeholders(prompt, past_key_values, query_mask, kwargs)
             return ReDiPruneCausalLMOutputWithPast(**self._run(prompt, attention_mask, position_ids, stock))
 
         pixels = {"image": pixel_values, "video": pixel_values_videos}
@@ -514,7 +515,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 group = [medium for medium in media if medium.kind == kind]
                 indices += [index for index, medium in enumerate(group) if medium.row == row] * expand_size
         take = lambda tensor, kind: tensor[order[kind]] if tensor is not None and order[kind] else None  # noqa: E731
-        if media and kwargs.get("query_mask") is None:
+        if kwargs.get("query_mask") is None:
             # Covers the prompt alone: what will be generated after it is no part of the question.
             kwargs["query_mask"] = torch.ones_like(masks["image"])
         input_ids, kwargs = super()._expand_inputs_for_generation(
@@ -596,6 +597,15 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             kind: (inputs_embeds == table(as_tensor(token_id)).to(inputs_embeds)).all(-1)
             for kind, token_id in token_ids.items()
         }
+
+    def _refuse_empty_placeholders(self, prompt, past_key_values, query_mask, kwargs) -> None:
+        """Refuses placeholders of a prompt without media. Those that the model itself has generated are tokens like others."""
+        tokens = prompt["inputs_embeds"] if prompt["input_ids"] is None else prompt["input_ids"]
+        from_generate = query_mask is not None  # which has compared placeholders and media already
+        if tokens.shape[1] == 1 or from_generate or kwargs.get("mm_encoder_outputs") or cached_tokens(past_key_values):
+            return
+        nothing = {"image": None, "video": None}
+        self._place_media(nothing, None, self._placeholder_masks(**prompt), self.config.pruning)
 
     def _check_media(self, pixels, image_sizes) -> None:
         _check_pixels(pixels)

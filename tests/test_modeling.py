@@ -620,6 +620,8 @@ def test_original_positions_by_hand(mask):
             "<image> red <video> blue <image><video>",
             {"images": images, "videos": [random_video(0), random_video(1)]},
         ),
+        ("<image><image>", {"images": images}),
+        ("where <video><video> red", {"videos": [random_video(0), random_video(1)]}),
     ):
         inputs = processor(text=text, **media)
         if mask == "none":
