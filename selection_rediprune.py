@@ -25,10 +25,13 @@ TIE_TOLERANCE = 1e-6
 # Gains fall with the number of tokens and from pick to pick, so there a tie is this share of the largest one: what fp32 input
 # does not tell apart. They are computed in fp64, whose rounding error is far below it.
 RELATIVE_TIE = 1e-7
-# On a CPU, up to this share of a set its kept tokens are compared with the others one by one; beyond it, all pairs at once
-# are faster.
-ROWS_ALONE = 0.2
 CACHE_BYTES = 10 * 2**20
+# What the two ways to compare tokens cost on a CPU, in nanoseconds of one thread of an AMD EPYC (`scripts/selection_cost.py`;
+# their ratios alone matter). One row of similarities: for each token so much, and for each of its features, from the cache or
+# from memory. All pairs at once: for each pair so much, and for each of its features; only one half is computed, block by block.
+ROW_TOKEN, ROW_FEATURE, ROW_FEATURE_FAR = 40, 0.12, 0.4
+PAIR, PAIR_FEATURE = 5, 0.018
+PAIR_BLOCK = 96
 
 
 def count_kept(num_tokens: int, keep_ratio: float) -> int:
@@ -261,7 +264,7 @@ def _select_group(
     # A row of scores, that of token u, is alpha s_i - cos(u, i): Eq. 6 for a single kept token u, less the constant 1.
     # Adding alpha s_i keeps the order, so Eq. 6 for several kept tokens is the minimum over their rows.
     scores = None
-    if features.device.type != "cpu" or not has_relevance or num_kept > ROWS_ALONE * num_tokens:
+    if features.device.type != "cpu" or not has_relevance or not rows_are_cheaper(*features.shape[1:], num_kept):
         scores = _gram(features).mul_(inverse_norm[:, :, None])
         torch.addcmul(weighted_relevance[:, None], scores, inverse_norm[:, None], value=-1, out=scores)
         if moments is not None:
@@ -376,13 +379,22 @@ def _check_counts(num_tokens: int, num_kept: int) -> None:
         raise ValueError(f"num_kept must be >= 1, got {num_kept}")
 
 
+def rows_are_cheaper(num_tokens: int, num_features: int, num_kept: int) -> bool:
+    """Whether, on a CPU, comparing k kept tokens with all others one by one is less work than all L^2 pairs at once."""
+    in_cache = 4 * num_tokens * num_features <= CACHE_BYTES
+    row = num_tokens * (ROW_TOKEN + num_features * (ROW_FEATURE if in_cache else ROW_FEATURE_FAR))
+    computed = min(2, 1 + PAIR_BLOCK / num_tokens)  # of the half, as the blocks on the diagonal are whole
+    pairs = num_tokens**2 * (PAIR + num_features * PAIR_FEATURE * computed)
+    return num_kept * row < pairs
+
+
 def _gram(features: torch.Tensor) -> torch.Tensor:
     """(N, L, C) -> (N, L, L): all inner products within each set."""
     if features.device.type != "cpu":
         return torch.bmm(features, features.mT)
     # On a CPU this product is nine tenths of the time, so compute the lower blocks only and mirror them.
     num_sets, num_tokens, _ = features.shape
-    block = 96
+    block = PAIR_BLOCK
     gram = features.new_empty(num_sets, num_tokens, num_tokens)
     for start in range(0, num_tokens, block):
         rows = slice(start, start + block)

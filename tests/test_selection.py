@@ -413,14 +413,14 @@ def test_batch_invariance_of_still_videos(num_tokens, noise):
 
 
 @examples
-@given(any_kind, alphas, st.booleans(), st.sampled_from([0.0, 1.0]), st.sampled_from([1, 3000]))
-def test_groups_and_single_rows_select_the_same(selection, alpha, with_query, rows_alone, cache_bytes):
+@given(any_kind, alphas, st.booleans(), st.booleans(), st.sampled_from([1, 3000]))
+def test_groups_and_single_rows_select_the_same(selection, alpha, with_query, rows, cache_bytes):
     features, query, num_kept = selection
     query = query if with_query else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selection_rediprune.ROWS_ALONE", 0.0)
+        patch.setattr("selection_rediprune.rows_are_cheaper", lambda *sizes: False)
         expected = select_rediprune(features, query, num_kept, alpha=alpha)
-        patch.setattr("selection_rediprune.ROWS_ALONE", rows_alone)
+        patch.setattr("selection_rediprune.rows_are_cheaper", lambda *sizes: rows)
         patch.setattr("selection_rediprune.CACHE_BYTES", cache_bytes)
         assert torch.equal(select_rediprune(features, query, num_kept, alpha=alpha), expected)
 
