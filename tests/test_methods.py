@@ -1,5 +1,6 @@
 """Tests of the pruning methods as pure tensor functions: reference vectors, worked examples, and what every method holds to."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -18,8 +19,84 @@ from safetensors.torch import load_file
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 
+# What each method has of its own where the configuration leaves it open.
+OF_ALL = {
+    "relevance": "pooled",
+    "relevance_with_tower": None,
+    "words": "all",
+    "scope": "frame",
+    "distance": "features",
+    "time_weight": 0.0,
+    "proportional_attention": False,
+    "merging": 0.0,
+    "positions": "compact",
+}
+OWN = {
+    "rediprune": {},
+    "rediprune_plus": {
+        "relevance": "attention",
+        "scope": "video",
+        "distance": "projected",
+        "time_weight": 0.25,
+        "proportional_attention": True,
+        "merging": 0.3,
+        "positions": "original",
+    },
+    "divprune": {"scope": "medium", "distance": "projected"},
+    "cdpruner": {"relevance": "projected", "relevance_with_tower": "clip"},
+    "scope": {},
+    "mmtok": {"words": "content"},
+    "evoprune": {},
+    "evoprune_rediprune": {},
+    "visionzip": {},
+    "prumerge": {},
+    "prumerge_plus": {},
+    "trim": {"relevance": "projected", "relevance_with_tower": "clip"},
+    "random": {},
+    "uniform": {},
+    "none": {},
+}
+NEEDS = {
+    "rediprune": {"relevance", "compared", "times"},
+    "rediprune_plus": {"relevance", "compared", "times"},
+    "divprune": {"compared", "times"},
+    "cdpruner": {"projected", "relevance"},
+    "scope": {"cls_attention"},
+    "mmtok": {"text_rows"},
+    "evoprune": set(),
+    "evoprune_rediprune": {"relevance", "compared", "times"},
+    "visionzip": {"cls_attention", "keys"},
+    "prumerge": {"last_cls_attention", "last_keys"},
+    "prumerge_plus": {"last_cls_attention", "last_keys"},
+    "trim": {"relevance"},
+    "random": {"seeds"},
+    "uniform": set(),
+    "none": set(),
+}
+CONSTANTS = {
+    "method_coverage_rediprune": {"VISION_TEMPERATURE": 0.2, "VISION_WEIGHT": 0.5},
+    "relevance_rediprune": {"WORD_TEMPERATURE": 0.02},
+    "method_prumerge_rediprune": {"NEIGHBOURS": 32},
+    "method_visionzip_rediprune": {"CONTEXTUAL_SHARE": 10 / 64},
+    "method_evoprune_rediprune": {"DIVERSITY_WEIGHT": 0.3, "ATTENTION_WEIGHT": 0.3, "MIN_STEPS": 4},
+    "selection_rediprune": {"POOL_FACTOR": 3, "TIE_TOLERANCE": 1e-6, "RELATIVE_TIE": 1e-7},
+    "joint_space_rediprune": {"SEGMENT": 77},
+}
+
 # Every method that works on what the vision tower gives; those that work inside it are in test_evoprune.py.
 REDUCING = [name for name, method in METHODS.items() if name != "none" and not method.merges_in_encoder]
+
+
+def test_every_methods_own_values():
+    found = {name: {key: getattr(method, key) for key in OF_ALL} for name, method in METHODS.items()}
+    assert found == {name: {**OF_ALL, **own} for name, own in OWN.items()}
+    assert {name: set(method.needs) for name, method in METHODS.items()} == NEEDS
+
+
+@pytest.mark.parametrize("module", CONSTANTS)
+def test_constants(module):
+    found = vars(importlib.import_module(f"rediprune.{module}"))
+    assert {name: found[name] for name in CONSTANTS[module]} == CONSTANTS[module]
 
 
 @pytest.fixture(scope="module", params=["divprune_select", "cdpruner_select"])
@@ -87,11 +164,37 @@ def test_divprune(compass):
     assert METHODS["divprune"].select(tokens, 3, PruningConfig(method="divprune")).tolist() == [[0, 3, 4]]
 
 
+def test_divprune_takes_time_into_account(compass):
+    """Only where `time_weight` says so: then the second token, seen far from the others, counts as different."""
+    times = torch.tensor([[0.0, 1, 0, 0, 0]])
+    tokens = VisualTokens(features=torch.zeros(1, 5, 7), compared=compass, times=times)
+    kept = lambda **changes: METHODS["divprune"].select(tokens, 2, PruningConfig(method="divprune", **changes)).tolist()  # noqa: E731
+    assert kept() == [[0, 4]] and kept(time_weight=5.0) == [[1, 4]]
+
+
 def test_cdpruner(compass):
     quality = torch.tensor([[1, 0.9924, 0.5868, 0.5, 0]])
     kept = [select_conditional_dpp(compass, quality, k).tolist()[0] for k in range(1, 6)]
     # The vectors span two dimensions: from the third pick on no gain is left, and the rest comes by quality.
     assert kept == [[0], [0, 2], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+
+
+def test_cdpruner_fills_up_by_quality(compass):
+    """The vectors span two dimensions: two picks by gain (4: 1, then 2: 0.9698 * 0.36), the others by quality."""
+    quality = torch.tensor([[0.2, 0.5, 0.6, 0.3, 1]])
+    kept = [select_conditional_dpp(compass, quality, k).tolist()[0] for k in range(1, 6)]
+    assert kept == [[4], [2, 4], [1, 2, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+
+def test_cdpruner_small_gains_are_gains():
+    """Tokens that differ little, or matter little, are still told apart: no gain is too small but a rounding error."""
+    features = torch.eye(4, dtype=torch.float64)[None] * 1e-3
+    features[..., 0] += 1  # residuals around 1e-6
+    features[:, 3] *= 7  # a length, which does not count
+    features[:, 2, 2] *= 1.5
+    assert select_conditional_dpp(features, torch.ones(1, 4), 2).tolist() == [[0, 2]]
+    quality = torch.tensor([[1e-4, 1e-4, 2e-4, 1]])  # gains of 1e-8 and 4e-8
+    assert select_conditional_dpp(torch.eye(4)[None], quality, 2).tolist() == [[2, 3]]
 
 
 def test_unit_range():
@@ -124,6 +227,28 @@ def test_coverage_equals_slow_reference():
     rows, saliency = torch.rand(6, 11, 20, generator=generator), torch.rand(6, 20, generator=generator)
     kept = select_coverage(rows, 7, saliency)
     assert kept.tolist() == [slow_coverage(*pair[:1], 7, pair[1]) for pair in zip(rows, saliency)]
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1, 1e6])
+def test_a_tie_of_gains_is_relative(scale):
+    """However small the gains are: a share of 1e-6 decides, one of 1e-9 is a rounding error, which the first wins."""
+    for share, first in ((1e-6, 2), (1e-9, 1)):
+        rows = torch.zeros(1, 3, 4, dtype=torch.float64)
+        rows[0, [0, 1, 2], [0, 1, 2]] = torch.tensor([0.5, 1, 1 + share], dtype=torch.float64) * scale
+        assert select_coverage(rows, 1).tolist() == [[first]]
+        assert select_coverage(torch.ones_like(rows), 1, rows.sum(1)).tolist() == [[first]]
+        quality = (rows.sum(1) / scale).sqrt() * min(scale, 1)
+        assert select_conditional_dpp(torch.eye(4)[None], quality, 1).tolist() == [[first]]
+
+
+def test_what_is_covered_is_no_gain():
+    """Equal tokens cover each other up to rounding errors, which decide nothing: the rest comes in order."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 3, 40, generator=generator)[:, torch.arange(36) % 3]
+    tokens = VisualTokens(features, cls_attention=torch.ones(1, 36), text_rows=torch.ones(1, 2, 36) / 72)
+    for method in ("scope", "mmtok"):
+        kept = METHODS[method].select(tokens, 9, PruningConfig(method=method))
+        assert kept.tolist() == [list(range(9))]
 
 
 def test_conditional_dpp_maximizes_the_determinant_greedily():
@@ -190,6 +315,25 @@ def test_prumerge():
     torch.testing.assert_close(merged[0, 0], x[5] + whole - a[5] * x[5])
     torch.testing.assert_close(merged[0, 1], whole - a[5] * x[5] - a[7] * x[7])
     torch.testing.assert_close(merged[0, 2], x[7] + whole - a[7] * x[7])
+
+
+def test_prumerge_adds_the_32_nearest():
+    generator = torch.Generator().manual_seed(0)
+    features, keys = (torch.randn(2, 64, 6, generator=generator) for _ in range(2))
+    attention = torch.rand(2, 64, generator=generator)
+    tokens = VisualTokens(features, last_cls_attention=attention, last_keys=keys)
+    merged, kept = METHODS["prumerge"].reduce(tokens, 5, PruningConfig())
+    for row in range(2):
+        chosen = attention[row].topk(4).indices.sort().values
+        extra = max(token for token in range(64) if token not in chosen)  # where the token for the rest stands
+        for place, token in enumerate(kept[row].tolist()):
+            if token == extra:
+                continue
+            similarity = F.cosine_similarity(keys[row], keys[row, token], dim=-1)
+            near = sorted((i for i in range(64) if i != token), key=lambda i: -similarity[i])[:32]
+            expected = features[row, token] + (attention[row, near, None] * features[row, near]).sum(0)
+            torch.testing.assert_close(merged[row, place], expected)
+        assert sorted(kept[row].tolist()) == sorted([*chosen.tolist(), extra])
 
 
 def test_nearest_others():

@@ -25,6 +25,7 @@ from selection_rediprune import (
     select_random,
     select_rediprune,
     select_uniform,
+    top_tokens,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -412,8 +413,12 @@ def test_batch_invariance_of_still_videos(num_tokens, noise):
         assert select_rediprune(features, query, 22, alpha=0).tolist() == [list(range(22))] * 8
 
 
+# Not of near-identical tokens, whose scores differ by about the width of a tie: there rounding decides what is one.
 @examples
-@given(any_kind, alphas, st.booleans(), st.booleans(), st.sampled_from([1, 3000]))
+@given(
+    selections(kinds=("gaussian", "clustered", "correlated", "still", "identical")),
+    alphas, st.booleans(), st.booleans(), st.sampled_from([1, 3000]),
+)  # fmt: skip
 def test_groups_and_single_rows_select_the_same(selection, alpha, with_query, rows, cache_bytes):
     features, query, num_kept = selection
     query = query if with_query else None
@@ -559,6 +564,25 @@ def test_cuda_selects_as_cpu(video, options):
     )
     identical = torch.ones(3, 144, 64, device="cuda")
     assert select_rediprune(identical, identical[:, 0], 22).tolist() == [list(range(22))] * 3
+
+
+@pytest.mark.parametrize("difference, kept", [(3e-7, 0), (2e-6, 1), (1e-5, 1)])
+def test_a_tie_is_a_millionth_wide(difference, kept):
+    """Scores closer than that are equal, and the first wins; farther apart they are not."""
+    relevance = torch.tensor([[0.5, 0.5 + difference, 0.1]])
+    options = {"relevance": relevance, "alpha": 1.0}
+    assert select_rediprune(torch.eye(3)[None], None, 1, **options).tolist() == [[kept]]
+    # The same from the second pick on: 2 is kept first, and 0 and 1 are equally far from it.
+    features = torch.tensor([[[1.0, 0, 0.5], [0, 1.0, 0.5], [0, 0, 1.0]]])
+    relevance = torch.tensor([[0.0, difference, 1.0]])
+    for rows in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("selection_rediprune.rows_are_cheaper", lambda *sizes: rows)  # noqa: B023
+            assert select_rediprune(features, None, 2, relevance=relevance, alpha=1.0).tolist() == [[kept, 2]]
+    assert nearest_kept(torch.eye(3)[None], torch.tensor([[0, 1]]))[0, 2] == 0
+    tokens = torch.tensor([[[1.0, 0], [0, 1.0], [1.0, 1.0 + difference * 2]]])  # cosines apart by about 1.4 differences
+    assert nearest_kept(tokens, torch.tensor([[0, 1]]))[0, 2] == kept
+    assert top_tokens(torch.tensor([[0.5, 0.5 + difference]]), 1).tolist() == [[kept]]
 
 
 # ------------------------------------------------------------------------------------------------------------

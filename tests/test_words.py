@@ -1,5 +1,8 @@
 """The words of a question that MMTok covers: which they are, how they reach the model, and that nothing else counts."""
 
+import math
+import operator
+
 import pytest
 import torch
 from rediprune.relevance_rediprune import word_rows
@@ -87,6 +90,44 @@ def test_the_method_covers_them_alone():
         ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids(ids.split()))
         expected = word_rows(model.get_input_embeddings()(ids), tokens.projected) / len(ids)
         torch.testing.assert_close(tokens.text_rows, expected)
+
+
+def slow_mmtok(features, projected, words, num_kept):
+    """(L, C), (L, H), (T, H) -> kept indices, one pick and one row at a time, in plain Python."""
+
+    def shares(one, others, temperature):
+        weights = [math.exp(cosine(one, other) / temperature) for other in others]
+        return [weight / sum(weights) for weight in weights]
+
+    def cosine(one, other):
+        return sum(map(operator.mul, one, other)) / math.sqrt(sum(x * x for x in one) * sum(x * x for x in other))
+
+    features, projected, words = (states.tolist() for states in (features, projected, words))
+    rows = [[share / len(words) for share in shares(word, projected, 0.02)] for word in words]
+    rows += [[0.5 / len(features) * share for share in shares(one, features, 0.2)] for one in features]
+    kept = []
+    while len(kept) < num_kept:
+        covered = [max([row[token] for token in kept], default=0.0) for row in rows]
+        gains = {
+            token: sum(max(0.0, row[token] - best) for row, best in zip(rows, covered))
+            for token in range(len(features))
+            if token not in kept
+        }
+        kept.append(max(gains, key=gains.get))
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("keep_ratio", [0.1, 0.25, 0.6])
+@pytest.mark.parametrize("question", ["which way does the red star move ?", "what colour is it ?"])
+def test_the_model_keeps_what_a_plain_reference_keeps(question, keep_ratio):
+    pruning = {**MMTOK, "keep_ratio": keep_ratio}
+    model, processor = tiny_model(**pruning), tiny_processor(**pruning)
+    inputs = processor(text=f"USER: <video>\n{question} ASSISTANT:", videos=random_video(3))
+    (tokens,), (medium,) = shown(model, inputs), model.select_tokens(**inputs)
+    words = model.get_input_embeddings()(inputs["word_input_ids"][0]).detach()
+    sets = zip(tokens.features, tokens.projected, medium.kept[0].tolist())
+    for features, projected, kept in sets:
+        assert kept == slow_mmtok(features, projected.detach(), words, len(kept))
 
 
 def kept(prompt, **pruning):

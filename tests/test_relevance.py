@@ -1,0 +1,108 @@
+"""Relevance by its values, where other tests look at what is selected: the maximum over words, fp32 sums, and segments."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rediprune.joint_space_rediprune import JointSpace, question_segments
+from rediprune.relevance_rediprune import (
+    attention_by_head,
+    attention_relevance,
+    attention_rows,
+    clip_relevance,
+    cosine_relevance,
+    word_rows,
+)
+from rediprune.selection_rediprune import build_query, group_means, group_sizes
+from tiny import WORDS, random_image, random_video, tiny_model, tiny_processor
+
+
+def test_the_largest_of_all_words_counts():
+    rows = torch.tensor([[[0.1, 0.6, 0.2, 0.1], [0.4, 0.0, 0.3, 0.3]]])
+    # Largest 0.4, 0.6, 0.3, 0.3, of which 0.3 is the least; the means 0.25, 0.3, 0.25, 0.2 would order them otherwise.
+    torch.testing.assert_close(attention_relevance(rows), torch.tensor([[1 / 3, 1, 0, 0]]))
+
+
+def test_the_largest_of_all_heads_counts():
+    layer = tiny_model().model.language_model.layers[0]
+    generator = torch.Generator().manual_seed(0)
+    words, tokens = torch.randn(3, 32, generator=generator), torch.randn(2, 9, 32, generator=generator)
+    heads, rows = attention_by_head(layer, words, tokens), attention_rows(layer, words, tokens)
+    assert torch.equal(rows, torch.stack([heads[:, head] for head in range(4)]).amax(0))
+    assert not torch.allclose(rows, heads.mean(1))
+
+
+def random_states(*shape, seed=0):
+    """Values that have much in common, so that sums in half precision lose what differs."""
+    return 3 + torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_are_not_in_half_precision(dtype, autocast):
+    """What comes of half precision is exactly what comes of its fp32 copy, and not in half precision."""
+    words, tokens, queries = random_states(5, 32), random_states(2, 9, 32, seed=1), random_states(2, 32, seed=2)
+    words, tokens, queries = (states.to(dtype) for states in (words, tokens, queries))
+    nearest = torch.arange(18).view(2, 9) % 4
+    layer = tiny_model().model.language_model.layers[0]
+    compute = {
+        "word_rows": lambda words, tokens, queries: word_rows(words, tokens),
+        "cosine_relevance": lambda words, tokens, queries: cosine_relevance(tokens, queries),
+        "clip_relevance": lambda words, tokens, queries: clip_relevance(tokens, queries),
+        "build_query": lambda words, tokens, queries: build_query(words),
+        "group_means": lambda words, tokens, queries: group_means(tokens, nearest, 4),
+    }
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for name, function in compute.items():
+            found, expected = function(words, tokens, queries), function(words.float(), tokens.float(), queries.float())
+            assert found.dtype in (torch.float32, torch.float64) and torch.equal(found, expected), name
+        assert attention_by_head(layer.to(dtype), words, tokens).dtype == torch.float32
+        assert group_sizes(nearest, 4).dtype == torch.float32
+
+
+@pytest.mark.parametrize("function", [cosine_relevance, clip_relevance])
+def test_cosines_equal_fp64(function):
+    tokens, queries = random_states(3, 50, 64), F.normalize(random_states(3, 64, seed=1), dim=-1)
+    expected = torch.stack([F.cosine_similarity(row.double(), query.double()[None]) for row, query in zip(tokens, queries)])
+    sign = -1 if function is clip_relevance else 1
+    torch.testing.assert_close(function(tokens, queries).double(), sign * expected, atol=1e-6, rtol=0)
+
+
+def test_segments_of_padding_do_not_count(text_tower):
+    """A question beside a longer one is where it is alone: the mean is over the segments that it has."""
+    space = JointSpace(text_tower, 16)
+    short, long = "what colour is the star ?", " ".join(WORDS)
+    ids, mask = question_segments(text_tower, [short, long])
+    assert mask.any(-1).sum(1).tolist() == [1, 3]
+    together = space.place_questions(ids, mask)
+    for row, question in enumerate((short, long)):
+        (alone,) = space.place_questions(*question_segments(text_tower, [question]))
+        torch.testing.assert_close(together[row], alone)
+    torch.testing.assert_close(together[0].norm(), torch.tensor(1.0))
+    assert together[1].norm() < 0.999  # a mean of unit vectors
+    segments = [space.place_questions(ids[1:, number, None], mask[1:, number, None])[0] for number in range(3)]
+    torch.testing.assert_close(together[1], torch.stack(segments).mean(0))
+
+
+def shown(model, inputs):
+    """What the method was shown, call by call."""
+    seen, original = [], model._visual_tokens
+    model._visual_tokens = lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1]
+    model.select_tokens(**inputs)
+    del model._visual_tokens
+    return seen
+
+
+@pytest.mark.parametrize("method", ["rediprune_plus", "divprune", "rediprune"])
+@pytest.mark.parametrize("frames", [1, 3, 4])
+def test_times_are_shares_of_the_video(method, frames):
+    """A token of frame f of F is seen at f / F, whether the frames are apart or share a budget; in an image at 0."""
+    for scope in ("frame", "video"):
+        pruning = {"method": method, "keep_ratio": 0.25, "scope": scope}
+        model, processor = tiny_model(**pruning), tiny_processor(**pruning)
+        prompt = "USER: <video>\nwhere is the star ? ASSISTANT:"
+        (tokens,) = shown(model, processor(text=prompt, videos=random_video(frames=frames)))
+        expected = torch.arange(frames)[:, None].expand(-1, 16) / frames
+        assert torch.equal(tokens.times, expected if scope == "frame" else expected.flatten()[None])
+        image = processor(text=prompt.replace("video", "image"), images=random_image())
+        for tokens in shown(model, image):
+            assert tokens.times.dtype == torch.float32 and not tokens.times.any()
