@@ -2,6 +2,8 @@
 
 Pruning changes what attention averages over: of eight tokens of one circle and twenty of the background, two and one may stay.
 If token j stands for s_j equal tokens, adding log s_j to every logit of its column gives what the softmax over all of them gave.
+This is ToMe's (arXiv 2210.09461, Sec. 3), which merges tokens in a vision transformer; for pruned vision-language models PACT has
+it as an option, and RESTORE (arXiv 2606.01711) as a part of its bias.
 """
 
 from typing import Optional

@@ -26,11 +26,13 @@ class ReDiPrune(Method):
 
 class ReDiPrunePlus(ReDiPrune):
     """
-    ReDiPrune with this project's own choices around it, not the paper's.
+    ReDiPrune's rule with other choices around it, not the paper's.
 
-    The frames of a video share one budget; relevance and distance are measured in spaces that the checkpoint has aligned; to
-    be far in time is also to be far; a kept token weighs in attention as much as the tokens that it stands for, takes on a part
-    of their features, and stands where it stood.
+    The frames of a video share one budget, and distance is that of projected tokens (DivPrune's); relevance is measured in the
+    query-key space of an early layer; to be far in time is also to be far; a kept token weighs in attention as much as the tokens
+    that it stands for (ToMe's proportional attention, arXiv 2210.09461; in pruned models PACT and RESTORE, 2606.01711), takes on
+    a part of their features, and stands where it stood (RESTORE; V-CAST, 2603.27650). This relevance, the term of time, the part of
+    the features and the combination are this project's own. docs/methods.md has it step by step.
     """
 
     relevance = "attention"
