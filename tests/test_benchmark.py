@@ -7,6 +7,7 @@ from pathlib import Path
 
 import benchmark
 import pytest
+import selection_cost
 import torch
 from benchmark_selection import compare, measure_size, plain_select
 from benchmark_tables import COLUMNS, _goal, markdown, spread, summarise
@@ -376,3 +377,21 @@ def test_spread():
 def test_goals_of_the_selection(run, size, ratio, speedup, milliseconds, goal):
     row = {"frames": size[0], "tokens": size[1], "keep_ratio": ratio}
     assert _goal(row, speedup, milliseconds, run) == goal
+
+
+def test_selection_cost(monkeypatch, tmp_path, capsys):
+    """Both ways on the same tokens, with the one that the selection would choose."""
+    monkeypatch.setattr(selection_cost, "SIZES", ((36, 64),))
+    monkeypatch.setattr(selection_cost, "JOINT_SIZES", ())
+    arguments = ["--ratios", "0.1", "0.5", "--repeats", "3", "--threads", "1", "--output", str(tmp_path / "cost")]
+    monkeypatch.setattr(sys, "argv", ["selection_cost.py", *arguments])
+    selection_cost.main()
+    report = json.loads((tmp_path / "cost.json").read_text())
+    few, many = report["rows"]
+    assert (few["kept"], many["kept"]) == (4, 18) and few["same_tokens"] and many["same_tokens"]
+    assert (few["chosen"], many["chosen"]) == ("row by row", "all pairs")
+    assert all(len(row["samples"][way]) == 3 for row in report["rows"] for way in ("row by row", "all pairs"))
+    text = (tmp_path / "cost.md").read_text()
+    assert text.strip() in capsys.readouterr().out and "| 36 x 64 | 4 | " in text
+    few["samples"] = {"row by row": [0.001, 0.002, 0.003], "all pairs": [0.002, 0.004, 0.004]}
+    assert "| 2 (1 to 3) | 4 (2 to 4) | 0.50 (0.50 to 0.75) | row by row | yes |" in selection_cost.markdown(report)

@@ -22,6 +22,7 @@ from selection_rediprune import (
     group_sizes,
     nearest_kept,
     query_tail,
+    rows_are_cheaper,
     select_random,
     select_rediprune,
     select_uniform,
@@ -428,6 +429,20 @@ def test_groups_and_single_rows_select_the_same(selection, alpha, with_query, ro
         patch.setattr("selection_rediprune.rows_are_cheaper", lambda *sizes: rows)
         patch.setattr("selection_rediprune.CACHE_BYTES", cache_bytes)
         assert torch.equal(select_rediprune(features, query, num_kept, alpha=alpha), expected)
+
+
+@pytest.mark.parametrize("num_tokens, num_features, num_kept, rows", [
+    (144, 1024, 22, True), (144, 1024, 36, False),  # a frame of a 7B model
+    (1152, 1024, 115, True), (1152, 4096, 115, False), (1152, 4096, 30, True),  # 8 of them jointly: 4096 leave the cache
+    (288, 128, 32, True), (288, 128, 72, False),  # 8 frames of the embedded checkpoint
+])  # fmt: skip
+def test_the_cheaper_way_is_taken(monkeypatch, num_tokens, num_features, num_kept, rows):
+    assert rows_are_cheaper(num_tokens, num_features, num_kept) == rows
+    computed = []
+    monkeypatch.setattr("selection_rediprune._gram", lambda features: computed.append(1) or features @ features.mT)
+    features, query = torch.randn(1, num_tokens, num_features), torch.randn(1, num_features)
+    select_rediprune(features, query, num_kept)
+    assert computed == ([] if rows else [1])
 
 
 @examples
