@@ -4,17 +4,18 @@ Shapes: B questions in M segments of T tokens; N sets of L tokens; C the width o
 """
 
 import functools
-import os
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from .configuration_rediprune import names_folder
 from .selection_rediprune import MIN_NORM
+from .untrusted_rediprune import find_files, link_files, read_config, weight_files
 
 SEGMENT = 77  # tokens that a CLIP text tower reads at once
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @contextmanager
@@ -32,7 +33,10 @@ def tower_explained(text_tower: str):
 
 def find_tower(text_tower: str) -> tuple:
     """
-    Where the checkpoint of `text_tower` is, a folder or `"id@revision"`: what `from_pretrained` takes, and its arguments.
+    Where the checkpoint of `text_tower` is, a folder or `"id@revision"`.
+
+    Returns:
+        The folder or Hub id, `{"revision": ...}` for the latter, and the [`CLIPConfig`].
 
     Raises:
         OSError: it cannot be reached.
@@ -42,23 +46,30 @@ def find_tower(text_tower: str) -> tuple:
     if not names_folder(text_tower):
         source, _, revision = text_tower.partition("@")
         hub["revision"] = revision or "main"
-    elif not os.path.isdir(text_tower):
-        raise OSError(f"there is no folder {text_tower!r}")
-    model_type = CLIPConfig.get_config_dict(source, **hub)[0].get("model_type")
-    if model_type != CLIPConfig.model_type:
+    values, commit = read_config(source, **hub)
+    if values.get("model_type") != CLIPConfig.model_type:
         raise ValueError(
-            f"pruning key 'text_tower' is {text_tower!r}, a model of type {model_type!r}, but must be a whole CLIP "
+            f"pruning key 'text_tower' is {text_tower!r}, a model of type {values.get('model_type')!r}, but must be a whole CLIP "
             f"({CLIPConfig.model_type!r}), such as 'openai/clip-vit-large-patch14-336'"
         )
-    return source, hub
+    return source, hub if commit is None else {"revision": commit}, CLIPConfig.from_dict(values)
 
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(text_tower: str):
-    """The tokenizer of a text tower, loaded once in a process. Raises as `find_tower` does."""
+    """
+    The tokenizer of a text tower, loaded once in a process: CLIP's own class, which runs no code of the checkpoint.
+
+    Raises:
+        OSError: it cannot be reached, or has no tokenizer of CLIP's.
+        ValueError: it is no CLIP.
+    """
     with tower_explained(text_tower):
-        source, hub = find_tower(text_tower)
-        return AutoTokenizer.from_pretrained(source, **hub)
+        source, hub, _ = find_tower(text_tower)
+        files = find_files(source, list(TOKENIZER_FILES), **hub)
+        if not ("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()):
+            raise OSError(f"there is no tokenizer.json and no vocab.json with merges.txt in {source!r}")
+        return CLIPTokenizerFast.from_pretrained(link_files(files))
 
 
 def question_segments(text_tower: str, questions: list) -> tuple:
@@ -100,22 +111,27 @@ class JointSpace:
         width (`int`): of the vision tower whose features come in.
 
     Raises:
-        OSError: the checkpoint cannot be reached.
+        OSError: the checkpoint cannot be reached, or has no safetensors weights.
         ValueError: it is no whole CLIP, or its vision tower is of another width.
     """
 
     def __init__(self, text_tower: str, width: int):
         self.text_tower = text_tower
         with tower_explained(text_tower):
-            source, hub = find_tower(text_tower)
-            config = CLIPConfig.from_pretrained(source, **hub)
+            source, hub, config = find_tower(text_tower)
             if config.vision_config.hidden_size != width:
                 raise ValueError(
                     f"pruning key 'text_tower' is {text_tower!r}, whose visual_projection takes features of width "
                     f"{config.vision_config.hidden_size}, but the model's vision tower gives {width}; set it to the CLIP "
                     "checkpoint that this vision tower was made from, or to None"
                 )
-            clip, info = CLIPModel.from_pretrained(source, **hub, dtype=torch.float32, output_loading_info=True)
+            clip, info = CLIPModel.from_pretrained(
+                link_files(weight_files(source, **hub)),
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
         if info["missing_keys"]:
             names = sorted(info["missing_keys"])
             raise ValueError(

@@ -1,31 +1,40 @@
 """Linked variants: code, config and processor are in the variant, the weights where `weights_from` in config.json says."""
 
 import copy
-import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, LlavaNextVideoConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
 from .configuration_rediprune import BASE_MODEL_TYPE, ReDiPruneConfig, names_folder, resolve_folder
+from .untrusted_rediprune import link_files, read_config, weight_files
 
 HUB_KEYS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 # What `from_pretrained` of a model takes for itself, although a config has it too.
 OWN_KEYS = ("dtype", "torch_dtype", "quantization_config")
-SAMPLES = 64
+PLACE_KEYS = ("revision", "subfolder")  # those of the variant, which the base has not
+CHECKSUM_THREADS = 4
+
+logger = logging.get_logger(__name__)
 
 
 def follow_link(variant, kwargs: dict) -> tuple:
     """
     Where `from_pretrained(variant, **kwargs)` finds the weights.
 
+    Of the base nothing is read but config.json and the safetensors files with its weights: whoever let the code of a variant
+    run did not mean that of its base. So what is loaded is a folder with links to the latter, and nothing else can be found.
+
     Returns:
-        The folder or Hub id of the weights and the arguments that load them from there, with the config of the variant;
-        `(variant, kwargs)` unchanged where the variant holds its own weights.
+        The folder and the arguments that load the weights from there, with the config of the variant; `(variant, kwargs)`
+        unchanged where the variant holds its own weights.
 
     Raises:
-        OSError: the base of a linked variant cannot be reached.
-        ValueError: the base is of another architecture, or linked itself.
+        OSError: the base of a linked variant cannot be reached, or has no safetensors weights.
+        ValueError: the base is of another architecture, or linked itself, or its files are not in the base itself.
     """
     config = kwargs.get("config")
     hub = _hub_arguments(kwargs)
@@ -43,27 +52,41 @@ def follow_link(variant, kwargs: dict) -> tuple:
         rest = {key: value for key, value in kwargs.items() if key not in known}
     if config.weights_from is None:
         return variant, kwargs
+    if kwargs.get("use_safetensors") is False:
+        raise ValueError("use_safetensors=False, but a linked variant reads no other weights; leave it out")
 
-    base = resolve_folder("weights_from", config.weights_from, variant)
-    config.weights_from = base
+    generation_config = copy.deepcopy(kwargs.get("generation_config")) or own_generation_config(variant, config, hub)
+    config.weights_from = resolve_folder("weights_from", config.weights_from, variant)
     config._commit_hash = None  # of the variant
-    base_hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
-    if not names_folder(base):
-        base_hub["revision"] = config.weights_revision or "main"
     with explained(config, variant):
-        check_base(base, base_hub)
-    rest = {key: value for key, value in rest.items() if key not in (*HUB_KEYS, "_commit_hash")}
-    adapter = rest.get("adapter_kwargs") or {}
-    if "_adapter_model_path" not in adapter:  # looked for at the base, where the variant's revision is unknown
-        rest["adapter_kwargs"] = {**adapter, "revision": base_hub.get("revision")}
-    return base, {**rest, **base_hub, "config": config}
+        files = find_weights(config, hub, kwargs.get("variant"))
+    done = (*PLACE_KEYS, "_commit_hash", "variant", "trust_remote_code")
+    rest = {key: value for key, value in rest.items() if key not in done}
+    return link_files(files), {**rest, "config": config, "generation_config": generation_config, "use_safetensors": True}
 
 
-def check_base(base: str, hub: dict) -> None:
-    """Raises OSError where `base` cannot be reached, ValueError where its weights cannot be those of this model."""
-    if names_folder(base) and not os.path.isdir(base):
-        raise OSError(f"there is no folder {base!r}")
-    values, _ = ReDiPruneConfig.get_config_dict(base, **hub)
+def find_weights(config, hub: dict, file_variant=None) -> dict:
+    """
+    The files of the base that `config.weights_from` names, as of `weight_files`. Of a base on the Hub, `config.weights_revision`
+    becomes the commit that they are from. Raises as `follow_link` does.
+    """
+    base, asked = config.weights_from, config.weights_revision
+    hub = {key: value for key, value in hub.items() if key not in PLACE_KEYS}
+    on_hub = not names_folder(base)
+    values, commit = read_config(base, **hub, **({"revision": asked or "main"} if on_hub else {}))
+    check_base(base, values)
+    files = weight_files(base, file_variant, **hub, **({"revision": commit} if on_hub else {}))
+    if on_hub and asked != commit:
+        logger.warning(
+            f"weights_from={base!r} is not pinned: weights_revision is {asked!r}, so that the weights become others when the "
+            f"repository moves on. These are of commit {commit}; write it into config.json as weights_revision."
+        )
+        config.weights_revision = commit
+    return files
+
+
+def check_base(base: str, values: dict) -> None:
+    """Raises ValueError where the weights of a base with this config.json cannot be those of this model."""
     model_type = values.get("model_type")
     if model_type not in (BASE_MODEL_TYPE, ReDiPruneConfig.model_type):
         raise ValueError(
@@ -113,38 +136,67 @@ def damage_explained(source):
         raise OSError(message) from error
 
 
-def own_generation_config(model, variant, kwargs: dict):
-    """The generation config that a linked variant has of its own; the model's, which is the base's, where it has none."""
-    if kwargs.get("generation_config") is not None:
-        return model.generation_config
-    try:
-        return GenerationConfig.from_pretrained(variant, **_hub_arguments(kwargs))
-    except OSError:
-        return model.generation_config
+def own_generation_config(variant, config, hub: dict):
+    """The generation config of a linked variant: never that of its base, which is a file of somebody else."""
+    if variant is not None and cached_file(variant, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub):
+        return GenerationConfig.from_pretrained(variant, **hub)
+    return GenerationConfig.from_model_config(config)
 
 
 def _hub_arguments(kwargs: dict) -> dict:
     return {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
 
 
-def sample_weights(model) -> dict:
-    """Shape and a few values of every parameter: enough to notice, when saving, that a model was trained or resized."""
-    samples = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.device.type != "meta" and type(parameter) is torch.nn.Parameter:
-            stride = max(1, parameter.numel() // SAMPLES)
-            samples[name] = (parameter.shape, parameter.detach().flatten()[::stride][:SAMPLES].clone())
-    return samples
+def checksum_weights(model) -> dict:
+    """
+    What every parameter holds, to notice when saving that a model was trained or changed in any other way.
+
+    Returns:
+        `dict` of name -> `None` where the parameter is offloaded, else for each plain tensor that it consists of shape, dtype and
+        CRC-32. All bytes are read once: 14 GB, a 7B model in half precision, take seconds.
+    """
+    parameters = dict(model.named_parameters())
+    with ThreadPoolExecutor(CHECKSUM_THREADS) as pool:
+        return dict(zip(parameters, pool.map(_checksums, parameters.values())))
 
 
-def same_weights(model, samples: dict) -> bool:
-    """Whether the parameters are those that `samples` were taken from, their dtype and device aside."""
-    if set(samples) - {name for name, _ in model.named_parameters()}:
+def same_weights(model, checksums: dict) -> bool:
+    """Whether the parameters hold what they held when `checksums` were taken, on whatever device, and in whatever dtype holds
+    the same values."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != checksums.keys():
         return False
-    for name, (shape, values) in sample_weights(model).items():
-        if name not in samples:
-            continue  # was offloaded when the samples were taken
-        old_shape, old_values = samples[name]
-        if shape != old_shape or not torch.equal(values, old_values.to(values)):
+    with ThreadPoolExecutor(CHECKSUM_THREADS) as pool:
+        same = all(pool.map(_is_same, parameters.values(), [checksums[name] for name in parameters]))
+        pool.shutdown(wait=False, cancel_futures=True)
+    return same
+
+
+def _checksums(parameter):
+    if parameter.device.type == "meta":
+        return None
+    return [(tensor.shape, tensor.dtype, _crc(tensor)) for tensor in _plain_tensors(parameter.detach())]
+
+
+def _is_same(parameter, checksums) -> bool:
+    if checksums is None or parameter.device.type == "meta":
+        return checksums is None and parameter.device.type == "meta"
+    tensors = _plain_tensors(parameter.detach())
+    if [tensor.shape for tensor in tensors] != [shape for shape, _, _ in checksums]:
+        return False
+    for tensor, (_, dtype, crc) in zip(tensors, checksums):
+        as_it_was = tensor.to(dtype)
+        if not torch.equal(as_it_was.to(tensor.dtype), tensor) or _crc(as_it_was) != crc:
             return False
     return True
+
+
+def _plain_tensors(tensor) -> list:
+    """The tensor itself, or what it consists of: the share of this process under tensor parallelism, the parts of a quantised one."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [plain for name in tensor.__tensor_flatten__()[0] for plain in _plain_tensors(getattr(tensor, name))]
+
+
+def _crc(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())

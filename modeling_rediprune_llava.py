@@ -35,15 +35,7 @@ from .geometry_rediprune import (
     video_grids,
 )
 from .joint_space_rediprune import JointSpace
-from .linking_rediprune import (
-    damage_explained,
-    explained,
-    follow_link,
-    own_generation_config,
-    same_weights,
-    sample_weights,
-    unlinked,
-)
+from .linking_rediprune import checksum_weights, damage_explained, explained, follow_link, same_weights, unlinked
 from .method_base_rediprune import VisualTokens
 from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS
@@ -71,6 +63,7 @@ if TYPE_CHECKING:
     from .method_prumerge_rediprune import PruMerge  # noqa: F401
     from .method_rediprune import ReDiPrune  # noqa: F401
     from .method_trim_rediprune import Trim  # noqa: F401
+    from .untrusted_rediprune import find_files  # noqa: F401
 
 logger = logging.get_logger(__name__)
 _WARNED_CONTEXTS = set()  # lengths that were warned about
@@ -171,7 +164,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
     def from_pretrained(cls, pretrained_model_name_or_path=None, *args, output_loading_info=False, **kwargs):
         """
         As in the stock class, but weights never get lost silently, and those of a linked variant come from where its
-        config's `weights_from` says.
+        config's `weights_from` says, without anything else that is there.
 
         Raises:
             OSError: the base of a linked variant cannot be loaded, or a weights file is damaged.
@@ -183,11 +176,12 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         if source is variant:
             with damage_explained(variant):
                 return cls._load(variant, *args, output_loading_info=output_loading_info, **options)
-        with explained(options["config"], variant), damage_explained(source):
+        config = options["config"]
+        with explained(config, variant), damage_explained(config.weights_from):
             model, info = cls._load(source, *args, output_loading_info=True, **options)
-        model.generation_config = own_generation_config(model, variant, kwargs)
+        model.generation_config = options["generation_config"]  # of which 4.57 makes a copy that `generate` fails on
         model.name_or_path = model.config.name_or_path = str(variant)
-        model._linked = (model.config.weights_from, model.config.weights_revision, sample_weights(model))
+        model._linked = (config.weights_from, config.weights_revision, checksum_weights(model))
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -212,22 +206,29 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, materialise=False, push_to_hub=False, **kwargs):
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, *args, materialise=False, push_to_hub=False, **kwargs
+    ):
         """
         As in the stock class, but a linked variant stays linked: its config names `weights_from`, and no weights are
         written.
 
         Args:
-            materialise (`bool`, defaults to `False`): write the weights of a linked variant, and no link. Happens by itself,
-                with a warning, when they are no longer those of the base, as after training.
+            materialise (`bool`, defaults to `False`): write the weights of a linked variant, and no link. Happens by itself
+                with a `state_dict` of the caller, and, with a warning, when the weights are no longer those of the base, as
+                after training.
         """
         adapters_alone = getattr(self, "_hf_peft_config_loaded", False)
-        if adapters_alone or not self._stays_linked(materialise):
+        if adapters_alone or state_dict is not None or not self._stays_linked(materialise):
             link = contextlib.nullcontext() if adapters_alone else unlinked(self.config)
             with link, code_in_place(self, save_directory):
                 if push_to_hub and not adapters_alone:
                     self.config.check_link_for_others()
-                return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+                return super().save_pretrained(
+                    save_directory, is_main_process, state_dict, *args, push_to_hub=push_to_hub, **kwargs
+                )
+        if not is_main_process:
+            return
         if push_to_hub:
             hub_keys = ("commit_message", "private", "token", "create_pr", "revision")
             hub = {key: kwargs[key] for key in hub_keys if key in kwargs}
@@ -261,8 +262,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         return True
 
     def _weights_are_linked(self) -> bool:
-        *link, samples = getattr(self, "_linked", (None, None, None))
-        return link == [self.config.weights_from, self.config.weights_revision] and same_weights(self, samples)
+        *link, checksums = getattr(self, "_linked", (None, None, None))
+        return link == [self.config.weights_from, self.config.weights_revision] and same_weights(self, checksums)
 
     @can_return_tuple
     def forward(

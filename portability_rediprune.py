@@ -53,6 +53,22 @@ def portable_tokenizer(values: dict) -> dict:
 
 
 @contextmanager
+def whole_files(folder):
+    """
+    A new folder beside the files of `folder`, which is made where it is missing. When the block ends well, the files in it take
+    the places of those of the same names; when it fails, as on a full disk, `folder` stays as it was.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        yield temporary
+        for place, _, names in os.walk(temporary):
+            target = os.path.join(folder, os.path.relpath(place, temporary))
+            os.makedirs(target, exist_ok=True)
+            for name in names:
+                os.replace(os.path.join(place, name), os.path.join(target, name))
+
+
+@contextmanager
 def code_in_place(saved, folder):
     """
     Leaves the code files alone inside, where `saved.save_pretrained(folder)` would copy them onto themselves.
@@ -79,8 +95,12 @@ def read_json(path) -> dict:
 def write_json(path, values: dict) -> None:
     """Writes the file whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".part")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

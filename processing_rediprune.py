@@ -16,7 +16,7 @@ from transformers.video_utils import make_batched_metadata, make_batched_videos
 from .configuration_rediprune import AUTO_MAP, PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import image_grids, num_placeholders, video_grids
 from .joint_space_rediprune import question_segments
-from .portability_rediprune import code_in_place, make_portable
+from .portability_rediprune import code_in_place, make_portable, whole_files
 from .video_rediprune import frame_indices, read_video
 from .words_rediprune import content_words
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .methods_rediprune import METHODS  # noqa: F401
     from .relevance_rediprune import RELEVANCES  # noqa: F401
     from .selection_rediprune import count_kept  # noqa: F401
+    from .untrusted_rediprune import find_files  # noqa: F401
 
 
 class ReDiPruneProcessorKwargs(ProcessingKwargs, total=False):
@@ -119,14 +120,15 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         return output
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """As in the stock class, but in files that transformers 4.57 and 5.x both read."""
+        """As in the stock class, but in files that transformers 4.57 and 5.x both read. Where one cannot be written, none is."""
         if push_to_hub:  # comes back here with a temporary folder
             self.push_to_hub(kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory)), **kwargs)
             kwargs = {}
-        with code_in_place(self, save_directory):
-            files = super().save_pretrained(save_directory, **kwargs)
-        make_portable(save_directory, type(self).__name__, {"AutoProcessor": AUTO_MAP["AutoProcessor"]})
-        return files
+        with whole_files(save_directory) as folder:
+            with code_in_place(self, save_directory):
+                files = super().save_pretrained(folder, **kwargs)
+            make_portable(folder, type(self).__name__, {"AutoProcessor": AUTO_MAP["AutoProcessor"]})
+        return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files]
 
     def __call__(self, images=None, text=None, videos=None, audio=None, keep_ratio=None, **kwargs):
         """

@@ -9,12 +9,15 @@ Examples:
 
 import argparse
 import gc
+from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from repository import fail
+from repository import code_module, fail
+
+untrusted = code_module("untrusted_rediprune")
 
 QUESTION = "What is this?"
 
@@ -49,6 +52,22 @@ def logits_of(model, inputs: dict, device: str) -> dict:
     return last
 
 
+def load_base(place: str, dtype: torch.dtype):
+    """The base in the stock class, without running anything that it brings along, and what transformers says of its loading."""
+    source = str(Path(place).resolve()) if Path(place).is_dir() else place
+    values, commit = untrusted.read_config(source)
+    config = transformers.LlavaNextVideoConfig.from_dict(values)
+    files = untrusted.weight_files(source, **({"revision": commit} if commit else {}))
+    return transformers.LlavaNextVideoForConditionalGeneration.from_pretrained(
+        untrusted.link_files(files),
+        config=config,
+        generation_config=transformers.GenerationConfig(),
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+
+
 def main():
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
@@ -61,8 +80,7 @@ def main():
         dtype = model.dtype
         del model
         gc.collect()
-        stock_class = transformers.LlavaNextVideoForConditionalGeneration
-        base, info = stock_class.from_pretrained(args.base, dtype=dtype, output_loading_info=True)
+        base, info = load_base(args.base, dtype)
         if info["missing_keys"]:
             fail(
                 f"the stock class of transformers {transformers.__version__} does not read {args.base}: it lacks "

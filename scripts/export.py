@@ -12,60 +12,42 @@ Examples:
 """
 
 import argparse
-import contextlib
 import inspect
 import json
-import os
 import re
 import shlex
 import shutil
-import struct
+import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import fields
-from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
+from export_base import (
+    PROCESSOR_FILES,
+    SMALL_FILES,
+    ExportError,
+    fetch_base,
+    fetch_weights,
+    find_file,
+    read_config,
+    sizes_of_weights,
 )
+from export_folder import check_replaceable, parent_of, tidy, whole_folder
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from repository import ROOT, code_module, fail, json_or_string
 from tqdm import tqdm
 
 configuration = code_module("configuration_rediprune")
 portability = code_module("portability_rediprune")
+untrusted = code_module("untrusted_rediprune")
 
-MODEL_FILES = ("generation_config.json",)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-SMALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES, "LICENSE", "LICENSE.txt", "LICENSE.md")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIGS = ("generation_config.json", "tokenizer_config.json", *(name for name in PROCESSOR_FILES if name.endswith("config.json")))
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CHUNK = 16 * 2**20
 CARD_TOKENS = 576  # those of a 336-pixel view, for an example of how many stay
-
-
-class ExportError(Exception):
-    """What the user has to hear instead of a traceback."""
 
 
 def parse_arguments(arguments=None):
@@ -103,119 +85,6 @@ def parse_arguments(arguments=None):
     return args
 
 
-# -- the base ----------------------------------------------------------------------------------------------------------
-
-
-def fetch_base(base: str, revision=None, weights: bool = True) -> tuple:
-    """Folder of the base, and its commit where it comes from the Hub (`None` for a folder).
-
-    Args:
-        base: folder or Hub id.
-        revision: branch, tag or commit of a Hub id.
-        weights: whether the weights are needed, too.
-    """
-    if Path(base).is_dir():
-        if revision is not None:
-            raise ExportError(f"--base-revision {revision}: {base} is a folder, which has no revisions; leave it out")
-        return Path(base), None
-    if configuration.names_folder(base) or base.count("/") != 1:
-        raise ExportError(f"{base}: no such folder, and not a Hub id (NAMESPACE/NAME) either")
-    patterns = [*SMALL_FILES, "config.json", "README.md", *(WEIGHT_PATTERNS if weights else ())]
-    try:
-        folder = snapshot_download(base, revision=revision, allow_patterns=patterns)
-    except GatedRepoError as error:
-        raise ExportError(f"{base} is gated: accept its terms on its page, then log in with `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise ExportError(f"{base}: no such repository on the Hub, or it is private and your token cannot see it") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ExportError(
-            f"{base} (revision {revision or 'main'}) cannot be downloaded, and is not in the local cache: {error}\n"
-            "check the network and --base-revision, or pass a folder"
-        ) from error
-    return Path(folder), Path(folder).name
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of the base.
-
-    Raises:
-        ExportError: there is none, or it is not one of LLaVA-NeXT-Video.
-    """
-    try:
-        values = portability.read_json(folder / "config.json")
-    except FileNotFoundError as error:
-        raise ExportError(f"{folder} holds no config.json; pass the folder of a checkpoint") from error
-    except ValueError as error:
-        raise ExportError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    model_type = values.get("model_type") if isinstance(values, dict) else None
-    if model_type != configuration.BASE_MODEL_TYPE:
-        raise ExportError(
-            f"{folder} is a model of type {model_type!r}, but only stock LLaVA-NeXT-Video checkpoints "
-            f"({configuration.BASE_MODEL_TYPE!r}) can be exported"
-        )
-    try:
-        configuration.ReDiPruneConfig.from_dict(values)
-    except Exception as error:  # each line of transformers refuses nonsense in its own way
-        raise ExportError(f"{folder / 'config.json'} is not the config of a model: {error}") from error
-    return values
-
-
-def weights_on_hub(base: str, commit: str) -> dict:
-    """Names and sizes of the files with the weights; empty where the Hub cannot be asked, as the cache knows no others."""
-    try:
-        files = HfApi().model_info(base, revision=commit, files_metadata=True).siblings
-    except Exception:  # connection errors are of another class in each generation of the client
-        return {}
-    return {file.rfilename: file.size for file in files if any(fnmatch(file.rfilename, pattern) for pattern in WEIGHT_PATTERNS)}
-
-
-def list_weights(folder: Path) -> list:
-    """Names of the files with the weights, the index among them.
-
-    Raises:
-        ExportError: a file is missing or truncated, or there are no safetensors files.
-    """
-    if (folder / INDEX).exists():
-        names = sorted(set(read_index(folder / INDEX).values()))
-    elif (folder / WEIGHTS).exists():
-        names = [WEIGHTS]
-    else:
-        raise ExportError(
-            f"{folder} holds no {WEIGHTS} and no {INDEX}; a checkpoint in another format has to be loaded and saved with "
-            "transformers first"
-        )
-    for name in names:
-        check_safetensors(folder / name)
-    return [*names, INDEX] if (folder / INDEX).exists() else names
-
-
-def read_index(path: Path) -> dict:
-    """Which file holds each tensor."""
-    try:
-        return dict(portability.read_json(path)["weight_map"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ExportError(f"{path} is not an index of safetensors files; download it again") from error
-
-
-def check_safetensors(path: Path) -> None:
-    """Raises ExportError where the file is missing or shorter or longer than its header says."""
-    if not path.exists():
-        raise ExportError(f"{path} is named in {INDEX}, but does not exist")
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("its header goes beyond its end")
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ExportError(f"{path} is not a whole safetensors file: {error}; download it again") from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise ExportError(f"{path} has {size} bytes, but its header says {expected}; download it again")
-
-
 # -- the variant -------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +107,7 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
         ExportError: the base is not a LLaVA-NeXT-Video, or has no tokenizer or image processor.
         ValueError: a pruning key or value is wrong.
     """
-    base_folder, output = Path(base_folder), Path(output)
+    base_folder, output = Path(base_folder).resolve(), Path(output)
     block = configuration.PruningConfig.from_value(pruning)
     base = read_config(base_folder)
     link = {"weights_from": weights_from, "weights_revision": weights_revision}
@@ -250,12 +119,10 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
         "pruning": block.to_dict(),
         **{key: value for key, value in link.items() if value is not None},
     }
-    small = [name for name in SMALL_FILES if (base_folder / name).exists()]
+    small = copy_small_files(base_folder, output)
     if "tokenizer_config.json" not in small:
         raise ExportError(f"{base_folder} holds no tokenizer_config.json; a variant needs a tokenizer")
-    for name in small:
-        shutil.copyfile(base_folder / name, output / name)
-    if not (output / "chat_template.jinja").exists() and not _has_template(base_folder):
+    if not (output / "chat_template.jinja").exists() and not _has_template(output, small):
         shutil.copyfile(ROOT / "chat_template.jinja", output / "chat_template.jinja")
     if not (output / portability.PROCESSOR_FILE).exists():
         portability.write_json(output / portability.PROCESSOR_FILE, _default_processor(base))
@@ -279,10 +146,27 @@ def code_files() -> list:
     return sorted(path.name for path in ROOT.glob("*_rediprune*.py"))
 
 
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+def copy_small_files(base_folder: Path, output: Path) -> list:
+    """
+    Copies the small files of the base that a variant takes over, without the keys that name code: whoever lets the code of a
+    variant run has not seen that of its base. Returns their names.
+    """
+    names = [name for name in SMALL_FILES if find_file(base_folder, name) is not None]
+    for name in names:
+        shutil.copyfile(base_folder / name, output / name)
+    for name in [name for name in names if name in CONFIGS]:
+        values = untrusted.read_object(output / name)
+        if untrusted.without_code(values) != values:
+            print(f"left out of {name}: what names code of the base, which is no part of a variant")
+            portability.write_json(output / name, untrusted.without_code(values))
+    return names
+
+
+def _has_template(folder: Path, names: list) -> bool:
+    """Whether one of these files holds a chat template."""
+    if "chat_template.json" in names:
         return True
-    configs = [folder / name for name in ("processor_config.json", "tokenizer_config.json") if (folder / name).exists()]
+    configs = [folder / name for name in ("processor_config.json", "tokenizer_config.json") if name in names]
     return any("chat_template" in portability.read_json(path) for path in configs)
 
 
@@ -296,19 +180,19 @@ def _default_processor(values: dict) -> dict:
     }
 
 
-def copy_weights(base_folder: Path, output: Path, names: list) -> None:
+def copy_weights(files: list, output: Path) -> None:
     """Copies the files piece by piece, with a progress bar.
 
     Raises:
         ExportError: the disk has not enough space; nothing was copied then.
     """
-    needed = sum((base_folder / name).stat().st_size for name in names)
+    needed = sum(path.stat().st_size for path in files)
     free = shutil.disk_usage(output).free
     if needed > free:
-        raise ExportError(f"the weights need {as_size(needed)}, but {output.parent} has {as_size(free)} left; --link needs none")
+        raise ExportError(f"the weights need {as_size(needed)}, but the disk has {as_size(free)} left; --link needs none")
     with tqdm(total=needed, unit="B", unit_scale=True, desc="copying weights") as bar:
-        for name in names:
-            with open(base_folder / name, "rb") as source, open(output / name, "wb") as target:
+        for path in files:
+            with open(path, "rb") as source, open(output / path.name, "wb") as target:
                 while piece := source.read(CHUNK):
                     target.write(piece)
                     bar.update(len(piece))
@@ -380,45 +264,12 @@ def describe_pruning(pruning: dict) -> str:
 
 def base_licence(base_folder: Path) -> dict:
     """What the front matter of the base's card says of its licence: `license`, and name and link of one that is not listed."""
-    card = base_folder / "README.md"
-    front = card.exists() and re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    card = find_file(base_folder, "README.md")
+    front = card and re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
     return dict(re.findall(r"^(license\w*):[ ]*(\S.*?)\s*$", front.group(1), re.MULTILINE)) if front else {}
 
 
 # -- writing and pushing -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def whole_folder(output):
-    """A new folder that takes the place of `output` (`None`: of nothing) when the block ends well, and else goes away."""
-    parent = None if output is None else output.absolute().parent
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".export-", suffix=".part", dir=parent))
-    try:
-        yield temporary
-        if output is not None:
-            temporary.chmod(0o755)
-            if output.exists():
-                old = Path(tempfile.mkdtemp(prefix=".export-", suffix=".old", dir=parent))
-                os.replace(output, old / "old")
-                os.replace(temporary, output)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_replaceable(output: Path, force: bool) -> None:
-    if not force:
-        raise ExportError(f"{output} exists already; choose another --output, or pass --force to replace it")
-    try:
-        is_variant = portability.read_json(output / "config.json")["model_type"] == configuration.ReDiPruneConfig.model_type
-    except (OSError, ValueError, KeyError):
-        is_variant = output.is_dir() and not any(output.iterdir())
-    if not is_variant or (output / ".git").exists() or output.resolve() == ROOT:
-        raise ExportError(f"{output} is not an exported variant, so --force does not replace it; choose another --output")
 
 
 def push(folder: Path, args, message: str) -> str:
@@ -484,6 +335,8 @@ def export(args) -> None:
         raise ExportError("--push-to-hub needs a token that may write: log in with `hf auth login`, or set HF_TOKEN")
     if args.link and args.push_to_hub and Path(args.base).is_dir():
         raise ExportError(f"--link --push-to-hub: the weights in the folder {args.base} cannot be reached by others; use --copy")
+    if not args.dry_run:
+        tidy(parent_of(args.output))
     if args.output is not None and args.output.exists():
         check_replaceable(args.output, args.force)
     pruning = configuration.PruningConfig.from_value(args.pruning).to_dict()
@@ -492,23 +345,24 @@ def export(args) -> None:
         if args.push_to_hub:
             raise ExportError(f"--text-tower {tower} is a folder, where others cannot reach it; name a Hub id to push")
         pruning["text_tower"] = str(Path(tower).resolve())
-    needs_weights = not args.link or not (args.no_check or args.dry_run)
-    base_folder, commit = fetch_base(args.base, args.base_revision, weights=needs_weights and not args.dry_run)
+    base_folder, commit = fetch_base(args.base, args.base_revision)
     read_config(base_folder)
-    # Those of a folder are looked at even if they are only linked or nothing is written.
-    weights = list_weights(base_folder) if commit is None or needs_weights and not args.dry_run else []
+    sizes = sizes_of_weights(args.base, base_folder, commit)
     link = {}
     if args.link:
-        link = {"weights_from": args.base if commit else str(base_folder.resolve()), "weights_revision": commit}
+        link = {"weights_from": args.base if commit else str(base_folder), "weights_revision": commit}
+    needs_weights = not args.dry_run and not (args.link and args.no_check)
+    weights = fetch_weights(args.base, base_folder, commit) if needs_weights else []
     name = args.push_to_hub or args.output.resolve().name
-    with whole_folder(None if args.dry_run else args.output) as folder:
+    with tempfile.TemporaryDirectory() if args.dry_run else whole_folder(args.output, args.force) as folder:
+        folder = Path(folder)
         convert_files(base_folder, folder, pruning, **link)
         config = portability.read_json(folder / "config.json")
         write_card(folder, name, args.base, base_folder, config, command_line())
         if args.dry_run:
-            return print_plan(args, folder, {} if args.link else sizes_of_weights(args.base, base_folder, commit))
+            return print_plan(args, folder, {} if args.link else sizes)
         if not args.link:
-            copy_weights(base_folder, folder, weights)
+            copy_weights(weights, folder)
         if not args.no_check:
             check_result(folder, base_folder)
         print(list_files(folder, {}))
@@ -517,12 +371,6 @@ def export(args) -> None:
             print(f"pushed to {push(folder, args, message)}")
     if args.output:
         print(f"written to {args.output}")
-
-
-def sizes_of_weights(base: str, base_folder: Path, commit) -> dict:
-    if commit is not None:
-        return weights_on_hub(base, commit)
-    return {name: (base_folder / name).stat().st_size for name in list_weights(base_folder)}
 
 
 def print_plan(args, folder: Path, weights: dict) -> None:
@@ -537,14 +385,24 @@ def command_line() -> str:
     return shlex.join(["python", "scripts/export.py", *sys.argv[1:]])
 
 
+def stop(number, frame):
+    """Ends the run as Ctrl-C does, whatever asked for it."""
+    raise KeyboardInterrupt(number)
+
+
 def main():
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, stop)
     try:
         export(args)
     except (ExportError, ValueError) as error:
         fail(str(error))
     except OSError as error:
         fail(f"nothing was written: {error}")
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(interrupt.args[0] if interrupt.args else signal.SIGINT)
+        print(f"export.py: stopped by {number.name}; nothing was left behind", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import export
 import pytest
 import torch
+from exporting import broken, leftovers, refused, run
 from rediprune.methods_rediprune import METHODS
 from tiny import POOLED, random_image, random_video, save_clip, save_stock_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -22,31 +23,6 @@ ENTRIES = ("configuration_rediprune.py", "modeling_rediprune_llava.py", "process
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "base")
-
-
-def run(base, *arguments):
-    args = export.parse_arguments([str(base), "--no-check", *map(str, arguments)])
-    export.export(args)
-
-
-def refused(base, *arguments):
-    """The message of an export that is refused."""
-    with pytest.raises((export.ExportError, ValueError, OSError)) as error:
-        run(base, *arguments)
-    return str(error.value)
-
-
-def leftovers(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def broken(base, folder, **files):
-    """The base with other contents in some files; `None` removes one."""
-    shutil.copytree(base, folder)
-    for name, content in files.items():
-        path = folder / name.replace("__", ".")
-        path.unlink() if content is None else path.write_bytes(content)
-    return folder
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -168,7 +144,7 @@ def test_bad_bases(base, tmp_path):
         ("llama",): broken(base, tmp_path / "a", config__json=b'{"model_type": "llama"}'),
         ("no config.json",): broken(base, tmp_path / "b", config__json=None),
         ("not JSON",): broken(base, tmp_path / "c", config__json=b"{"),
-        ("model of type None",): broken(base, tmp_path / "h", config__json=b"[]"),
+        ("config.json holds no JSON object",): broken(base, tmp_path / "h", config__json=b"[]"),
         ("not the config of a model",): broken(base, tmp_path / "i", config__json=nonsense),
         ("bytes, but its header says",): broken(base, tmp_path / "d", model__safetensors=weights[:-100]),
         ("not a whole safetensors file",): broken(base, tmp_path / "e", model__safetensors=b"12"),

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hub_server import Hub
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
-from rediprune.joint_space_rediprune import JointSpace, find_tower, question_segments
+from rediprune.joint_space_rediprune import TOKENIZER_FILES, JointSpace, question_segments
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from rediprune.processing_rediprune import ReDiPruneProcessor
 from rediprune.relevance_rediprune import clip_relevance
 from safetensors.torch import load_file
 from tiny import WORDS, random_image, random_video, save_clip, tiny_config, tiny_model, tiny_processor
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoTokenizer, CLIPModel
 
 TESTS = Path(__file__).resolve().parent
 SHORT, LONG = "what colour is the star ?", "which way does the red star move left right " * 3
@@ -307,12 +308,34 @@ def test_an_argument_is_relative_to_the_variant(text_tower, tmp_path):
     assert whole.pruning.text_tower == text_tower
 
 
-def test_a_hub_id_may_name_a_revision(monkeypatch):
-    asked = []
-    found = lambda source, **hub: asked.append((source, hub)) or ({"model_type": "clip"}, {})  # noqa: E731
-    monkeypatch.setattr(CLIPConfig, "get_config_dict", found)
-    for text_tower, revision in (("me/clip", "main"), ("me/clip@v1", "v1")):
-        assert find_tower(text_tower) == asked.pop() == ("me/clip", {"revision": revision})
+def test_a_hub_id_may_name_a_revision(text_tower, tmp_path):
+    """All files are of one commit, and none is asked for but those of CLIP's tokenizer and the weights."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    script = """
+import conftest
+from rediprune.joint_space_rediprune import JointSpace, find_tower, question_segments
+for place in ("me/clip", "me/clip@main"):
+    print(find_tower(place)[1]["revision"])
+try:
+    find_tower("me/clip@nowhere")
+except OSError:
+    print(find_tower("me/clip@v1")[1]["revision"])
+ids, mask = question_segments("me/clip@v1", ["where is the star ?"])
+print(JointSpace("me/clip@v1", 16).place_questions(ids, mask).sum().item())
+"""
+    with Hub() as hub:
+        files = {path.name: path.read_bytes() for path in Path(text_tower).iterdir()}
+        first = hub.add_repository("me/clip", {**files, "evil.py": b"", "pytorch_model.bin": b""})
+        hub.repositories["me/clip"].branches["v1"] = first
+        second = hub.add_repository("me/clip", {"config.json": files["config.json"]})  # without weights
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=TESTS)
+        asked = {Path(path).name for _, path in hub.requests if "/resolve/" in path}
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[:3] == [second, second, first]
+    expected = JointSpace(text_tower, 16).place_questions(*question_segments(text_tower, [SHORT.replace("what colour", "where")]))
+    assert float(done.stdout.split()[3]) == expected.sum().item()
+    assert asked <= {*TOKENIZER_FILES, "config.json", "model.safetensors"}
 
 
 def refused(text_tower):

@@ -1,5 +1,9 @@
 """Builders of small random models, processors and media for the tests: 32-pixel frames of 8x8 patches, 16 after pooling."""
 
+import json
+import tempfile
+from pathlib import Path
+
 import av
 import numpy as np
 import torch
@@ -8,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    CLIPTokenizerFast,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextImageProcessor,
@@ -167,21 +172,10 @@ def public_name(name):
 
 def save_clip(folder, seed=0, width=16):
     """A random CLIP checkpoint with a tokenizer, whose text tower reads 12 tokens at once."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    vocabulary = {word: index for index, word in enumerate(["<unk>", *WORDS, start, end])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    ends = [(token, vocabulary[token]) for token in (start, end)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=ends)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=start,
-        eos_token=end,
-        pad_token=end,
-        unk_token="<unk>",
-        model_max_length=12,
-        model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)
+    tokenizer = clip_tokenizer()
+    tokenizer.save_pretrained(folder)
+    vocabulary = tokenizer.get_vocab()
+    start, end = tokenizer.bos_token, tokenizer.eos_token
     sizes = dict(intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     ids = dict(bos_token_id=vocabulary[start], eos_token_id=vocabulary[end], pad_token_id=vocabulary[end])
     config = CLIPConfig(
@@ -197,6 +191,27 @@ def save_clip(folder, seed=0, width=16):
                 parameter.normal_()
     clip.save_pretrained(folder)
     return str(folder)
+
+
+def clip_tokenizer():
+    """Of CLIP's own class: every word of the tests is one token."""
+    words = sorted({word.lower() for word in WORDS})
+    alphabet = {piece for word in words for letter in word for piece in (letter, f"{letter}</w>")}
+    merges = {}
+    for word in words:
+        *letters, last = word
+        pieces, joined = [*letters, f"{last}</w>"], ""
+        for piece in pieces:
+            if joined:
+                merges[joined, piece] = joined + piece
+            joined += piece
+    tokens = dict.fromkeys([*sorted(alphabet), *merges.values(), "<|startoftext|>", "<|endoftext|>"])
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    options = {"model_max_length": 12, "model_input_names": ["input_ids", "attention_mask"]}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary))
+        Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
+        return CLIPTokenizerFast.from_pretrained(folder, **options)
 
 
 def random_video(seed=0, frames=4, size=(40, 48)):
