@@ -13,7 +13,7 @@ import time
 
 import torch
 from media import add_media_arguments, process, read_media
-from repository import StageTimer, add_model_arguments, environment, fail, load
+from repository import StageTimer, add_model_arguments, environment, fail, load, output_picture
 
 STAGES = ("reading the media", "vision encoder", "selection", "projector", "prefill", "decode")
 
@@ -26,10 +26,13 @@ def parse_arguments():
     parser.add_argument("--method", help="pruning method (default: as config.json says)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--compare", action="store_true", help="also answer with all visual tokens, side by side")
-    parser.add_argument("--overlay", help="picture of the frames, kept patches bright and the rest dimmed (.png)")
+    parser.add_argument("--overlay", help="picture of the frames, kept patches bright and the rest dimmed (.png, .jpg)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_model_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.overlay:
+        args.overlay = output_picture(args.overlay, "--overlay")
+    return args
 
 
 def prepare(args, processor, keep_ratio) -> tuple:
@@ -91,19 +94,26 @@ def main():
             results["unpruned"].pop("inputs")
     except (ValueError, OSError, ImportError) as error:
         fail(str(error))
-    if args.overlay:
-        from overlay import draw_overlay
-
-        draw_overlay(model, processor, inputs, f"{args.question}  {results['pruned']['answer']}", args.overlay)
     if args.json:
         settings = model.config.pruning.to_dict()
         record = {"question": args.question, **results, "visual_tokens_unpruned": unpruned_tokens, "pruning": settings}
         print(json.dumps({**record, "environment": environment(model)}, indent=2))
-        return
-    print_report(args, results)
-    kept = results["pruned"]["visual_tokens"]
-    print(f"\n{kept} of {unpruned_tokens} visual tokens kept ({kept / unpruned_tokens:.1%})")
+    else:
+        print_report(args, results)
+        kept = results["pruned"]["visual_tokens"]
+        print(f"\n{kept} of {unpruned_tokens} visual tokens kept ({kept / unpruned_tokens:.1%})")
     if args.overlay:
+        write_overlay(args, model, processor, inputs, f"{args.question}  {results['pruned']['answer']}")
+
+
+def write_overlay(args, model, processor, inputs, caption: str) -> None:
+    from overlay import draw_overlay
+
+    try:
+        draw_overlay(model, processor, inputs, caption, args.overlay)
+    except OSError as error:
+        fail(f"--overlay {args.overlay} cannot be written: {error.strerror or error}")
+    if not args.json:
         print(f"overlay written to {args.overlay}")
 
 

@@ -35,15 +35,15 @@ from repository import (
     code_module,
     environment,
     fail,
+    flop_counter,
     load,
     output_prefix,
     use_device,
-    write_whole,
+    write_results,
 )
 from shapes import SHAPES, random_model, shape_config, shape_of
 from tflops import prefill
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 UNPRUNED = "unpruned"
@@ -194,7 +194,7 @@ def measure_once(model, inputs: dict, new_tokens: int) -> dict:
 
 def count_operations(model, inputs: dict) -> tuple:
     """Floating-point operations of each stage up to the first token, as torch counts them, and bytes of the KV cache."""
-    with FlopCounterMode(display=False) as counter, StageTimer(model, counter.get_total_flops) as stages:
+    with flop_counter() as counter, StageTimer(model, counter.get_total_flops) as stages:
         output = generate(model, inputs, 1)
     layers = output.past_key_values.layers
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
@@ -346,14 +346,11 @@ def read_results(path) -> dict:
 
 
 def write_report(report: dict, args) -> None:
-    output = args.output
-    write_whole(output.with_name(output.name + ".json"), json.dumps(report, indent=1) + "\n")
-    write_whole(output.with_name(output.name + ".md"), markdown(report))
+    write_results(args.output, {".json": json.dumps(report, indent=1) + "\n", ".md": markdown(report)})
     if args.plots:
         from benchmark_plots import draw
 
-        for name, picture in draw(report).items():
-            write_whole(output.with_name(f"{output.name}-{name}.png"), picture)
+        write_results(args.output, {f"-{name}.png": picture for name, picture in draw(report).items()})
 
 
 def main():

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from repository import ROOT, environment, fail, write_whole
+from repository import ROOT, environment, fail, output_prefix, write_results
 
 NEW_TOKENS = 6
 QUESTION = "what colour is the star?"
@@ -577,7 +577,20 @@ def parse_arguments():
     parser.add_argument("--method", help="another method than that of its config.json, with its own choices; a table of its own")
     parser.add_argument("--rank-job", help=argparse.SUPPRESS)
     parser.add_argument("--show", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.show or args.rank_job):
+        args.output = output_prefix(args.output)
+        read_record(args.output)
+    return args
+
+
+def read_record(output: Path) -> dict:
+    """What earlier runs wrote; ends the program where it cannot be added to."""
+    path = output.with_name(output.name + ".json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        fail(f"{path} cannot be read ({error}), and results are added to it; choose another --output, or remove that file")
 
 
 def main():
@@ -598,14 +611,12 @@ def main():
 
 def write_results(args, case, rows: dict) -> None:
     """Adds the rows to those of this version and method that OUTPUT.json has already."""
-    path = Path(f"{args.output}.json")
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_record(args.output)
     entry = record.setdefault(transformers.__version__, {"rows": {}})
     entry |= {"environment": environment(case.model), "packages": package_versions()}
     place = entry["rows"] if args.method is None else entry.setdefault("methods", {}).setdefault(args.method, {})
     place.update(rows)
-    write_whole(path, json.dumps(record, indent=2) + "\n")
-    write_whole(f"{args.output}.md", as_document(record))
+    write_results(args.output, {".json": json.dumps(record, indent=2) + "\n", ".md": as_document(record)})
 
 
 if __name__ == "__main__":

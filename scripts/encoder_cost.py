@@ -23,12 +23,12 @@ from repository import (
     code_module,
     environment,
     fail,
+    flop_counter,
     output_prefix,
     use_device,
-    write_whole,
+    write_results,
 )
 from tflops import CLIP_L_PATCHES, encoder
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 GPU = torch.cuda.is_available()
@@ -61,7 +61,7 @@ def parse_arguments():
 
 def count_flops(function) -> int:
     """Floating-point operations of the matrix products, convolutions and attention in one call."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         function()
     return counter.get_total_flops()
 
@@ -142,8 +142,7 @@ def main():
         "rows": rows,
     }
     if args.output:
-        write_whole(args.output.with_name(args.output.name + ".json"), json.dumps(report, indent=1) + "\n")
-        write_whole(args.output.with_name(args.output.name + ".md"), markdown(report))
+        write_results(args.output, {".json": json.dumps(report, indent=1) + "\n", ".md": markdown(report)})
     print(markdown(report))
 
 

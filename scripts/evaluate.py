@@ -22,6 +22,7 @@ Examples:
 """
 
 import argparse
+import copy
 import json
 import os
 import shlex
@@ -49,7 +50,7 @@ from repository import (
     load,
     output_prefix,
     parse_setting,
-    write_whole,
+    write_results,
 )
 from tqdm import tqdm
 
@@ -209,7 +210,9 @@ class Evaluation:
         if setting.query != "own":
             queries = [(self.processor, setting.query, index, seed) for index in range(first, first + batch[1])]
             self.other_query.tokens = [questions.query(*query) for query in queries]
-            inputs.update(self.processor.question_inputs([questions.query_prompt(*query) for query in queries]))
+            caller = copy.copy(self.processor)
+            caller.pruning = caller.pruning.with_keep_ratio(ratio)
+            inputs.update(caller.question_inputs([questions.query_prompt(*query) for query in queries]))
         return inputs.to(self.model.device, self.model.dtype)
 
     def answers(self, questions: Questions, setting: Setting, ratio: float) -> list:
@@ -331,14 +334,16 @@ def evaluate(args, processes: Processes) -> None:
         "environment": {**environment(run.model), "processes": processes.number},
         "rows": rows,
     }
-    write_whole(run.output.with_name(run.output.name + ".json"), json.dumps(report, indent=1) + "\n")
-    write_whole(run.output.with_name(run.output.name + ".md"), markdown(report))
+    write_results(run.output, {".json": json.dumps(report, indent=1) + "\n", ".md": markdown(report)})
     run.log.remove_batches()
     print(markdown(report))
     if args.plots:
         from evaluate_plots import draw_plots
 
-        draw_plots(report, run.output)
+        try:
+            draw_plots(report, run.output)
+        except OSError as error:
+            fail(f"a plot cannot be written: {error}; scripts/evaluate_plots.py draws it from {run.output}.json")
 
 
 if __name__ == "__main__":

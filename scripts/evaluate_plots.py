@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from repository import code_module, fail, parse_setting
+from repository import code_module, fail, output_prefix, parse_setting
 
 NEEDED = {"kind", "setting", "keep_ratio", "accuracy", "low", "high"}
 MARKERS = "os^Dv<>PX*hp"
@@ -193,9 +193,13 @@ def _against_time(pyplot, rows: list, kind: str):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="OUTPUT.json of evaluate.py")
-    parser.add_argument("--output", type=Path, help="beginning of the plots' names (default: that of the report)")
+    parser.add_argument("--output", help="beginning of the plots' names (default: that of the report)")
     args = parser.parse_args()
-    draw_plots(read_report(args.report), args.output or args.report.with_suffix(""))
+    report = read_report(args.report)
+    try:
+        draw_plots(report, output_prefix(args.output or str(args.report)))
+    except OSError as error:
+        fail(f"a plot cannot be written: {error}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The held-out questions, and what the model answers to them."""
 
 import argparse
+import threading
 
 import numpy as np
 import torch
@@ -103,12 +104,20 @@ class OtherQuery:
     """
     Lets the model select tokens for another text than the question that it answers: a control.
 
-    `tokens`: for each row of the batch the tokens of that text; `None` = the question itself, as always.
+    `tokens`: for each row of this thread's batch the tokens of that text; `None` = the question itself, as always.
     """
 
     def __init__(self, model):
-        self.model, self.select, self.tokens = model, model._select, None
+        self.model, self.select, self._thread = model, model._select, threading.local()
         model._select = self
+
+    @property
+    def tokens(self):
+        return getattr(self._thread, "tokens", None)
+
+    @tokens.setter
+    def tokens(self, tokens):
+        self._thread.tokens = tokens
 
     def __call__(self, media, pruning, embeds, is_question, input_ids, *args, **kwargs):
         if self.tokens is not None:

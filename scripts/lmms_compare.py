@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from evaluate_report import percent, table
-from repository import environment, fail, write_whole
+from repository import environment, fail, keep_ratio, output_prefix, write_results
 
 TASK = "rediprune_world"
 
@@ -32,6 +32,18 @@ def answers_of_lmms_eval(folder: Path) -> list:
     return [sample["filtered_resps"].strip() for sample in samples]
 
 
+def results_of_lmms_eval(folder: Path) -> dict:
+    files = sorted(folder.rglob("*_results.json"))
+    if not files:
+        fail(f"{folder} holds no *_results.json; was its run killed? Run lmms-eval again")
+    try:
+        result = json.loads(files[-1].read_text(encoding="utf-8"))
+        result["config"]["model_args"], result["results"][TASK]["accuracy,none"]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{files[-1]} is not the whole result of {TASK} ({error!r}); run lmms-eval again")
+    return result
+
+
 def answers_of_evaluate(path: Path, setting: str, keep_ratio: float) -> list:
     cells = [cell for cell in read_lines(path)[1:] if cell["kind"] == "video"]
     for cell in cells:
@@ -47,7 +59,7 @@ def compare(expected: list, folder: Path, path: Path, setting: str, keep_ratio: 
     for name, answers in given.items():
         if len(answers) != len(expected):
             fail(f"{name} has {len(answers)} answers to {len(expected)} questions; use the same number of scenes for all")
-    result = json.loads(sorted(folder.rglob("*_results.json"))[-1].read_text())
+    result = results_of_lmms_eval(folder)
     return {
         "model": result["config"]["model"],
         "model_args": result["config"]["model_args"],
@@ -60,6 +72,13 @@ def compare(expected: list, folder: Path, path: Path, setting: str, keep_ratio: 
         "same_answers": sum(map(str.__eq__, *given.values())),
         "questions": len(expected),
     }
+
+
+def _ratio(text: str) -> float:
+    try:
+        return keep_ratio(text)
+    except argparse.ArgumentTypeError as error:
+        fail(f"--pair: {error}")
 
 
 def markdown(rows: list) -> str:
@@ -79,18 +98,17 @@ def markdown(rows: list) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="where the table goes: OUTPUT.md, OUTPUT.json")
+    parser.add_argument("--output", required=True, help="where the table goes: OUTPUT.md, OUTPUT.json")
     parser.add_argument("--questions", type=Path, required=True, help="questions.jsonl of the task's folder")
     parser.add_argument("--pair", nargs=4, action="append", required=True, metavar=("FOLDER", "ANSWERS", "SETTING", "RATIO"))
     args = parser.parse_args()
+    output = output_prefix(args.output)
     expected = [question["answer"] for question in read_lines(args.questions)]
     rows = [
-        compare(expected, Path(folder), Path(answers), setting, float(ratio))
-        for folder, answers, setting, ratio in args.pair
+        compare(expected, Path(folder), Path(answers), setting, _ratio(ratio)) for folder, answers, setting, ratio in args.pair
     ]
     content = {"environment": environment(), "rows": rows}
-    write_whole(args.output.with_name(args.output.name + ".json"), json.dumps(content, indent=1) + "\n")
-    write_whole(args.output.with_name(args.output.name + ".md"), markdown(rows))
+    write_results(output, {".json": json.dumps(content, indent=1) + "\n", ".md": markdown(rows)})
     print(markdown(rows))
 
 

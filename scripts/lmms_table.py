@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 from evaluate_report import table
-from repository import fail, write_whole
+from repository import fail, output_prefix, write_results
 
 # Task, metric, column, and what makes the figure a percentage where lmms-eval gives a share.
 COLUMNS = (
@@ -149,12 +149,12 @@ def markdown(runs: list) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="where the tables go: OUTPUT.md, OUTPUT.json")
+    parser.add_argument("--output", required=True, help="where the tables go: OUTPUT.md, OUTPUT.json")
     parser.add_argument("runs", nargs="+", metavar="NAME=PATH")
     args = parser.parse_args()
+    output = output_prefix(args.output)
     runs = [read_run(text) for text in args.runs]
-    write_whole(args.output.with_name(args.output.name + ".json"), json.dumps(runs, indent=1) + "\n")
-    write_whole(args.output.with_name(args.output.name + ".md"), markdown(runs))
+    write_results(output, {".json": json.dumps(runs, indent=1) + "\n", ".md": markdown(runs)})
     print(markdown(runs))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import av
 import numpy as np
 from evaluate_questions import add_scene_arguments, check_scenes
-from repository import ROOT, fail, write_whole
+from repository import ROOT, fail, output_folder, write_whole
 from toy_world import TABLES_START, sample_video
 
 TEMPLATE = ROOT / "scripts" / "lmms_task"
@@ -63,7 +63,11 @@ def main():
     add_scene_arguments(parser, 20)
     args = parser.parse_args()
     check_scenes(parser, args)
-    number = write_task(args.output, args.scenes, args.first_scene)
+    output_folder(args.output)
+    try:
+        number = write_task(args.output, args.scenes, args.first_scene)
+    except OSError as error:
+        fail(f"--output {args.output}: {error}")
     print(f"wrote {number} questions about {args.scenes} videos to {args.output}")
 
 

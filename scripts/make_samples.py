@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
-from repository import write_whole
+from repository import fail, output_folder, write_whole
 from toy_world import HELD_OUT_START, sample_image, sample_video
 
 SCALE = 4  # the world is 96 pixels wide: enlarged, so that a person sees something
@@ -41,7 +41,16 @@ def main():
     parser.add_argument("--videos", type=int, default=3)
     parser.add_argument("--images", type=int, default=2)
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    output_folder(args.output)
+    try:
+        number = write_samples(args)
+    except OSError as error:
+        fail(f"--output {args.output}: {error}")
+    print(f"wrote {number} files and questions.json to {args.output}")
+
+
+def write_samples(args) -> int:
+    """Writes all files; returns how many videos and images there are."""
     index = {}
     for number in range(args.videos):
         scene = sample_video(HELD_OUT_START + number)
@@ -54,7 +63,7 @@ def main():
         Image.fromarray(scene.frames[0].repeat(SCALE, 0).repeat(SCALE, 1)).save(args.output / name)
         index[name] = [vars(question) for question in scene.questions]
     write_whole(args.output / "questions.json", json.dumps(index, indent=2) + "\n")
-    print(f"wrote {len(index)} files and questions.json to {args.output}")
+    return len(index)
 
 
 if __name__ == "__main__":

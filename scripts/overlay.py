@@ -1,10 +1,12 @@
 """Pictures of what was kept: frames and image views with the kept patches bright and the rest dimmed."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from repository import PICTURES, write_whole
 
 CELL = 240  # side of one frame in the picture, pixels
 MARGIN = 14
@@ -12,7 +14,7 @@ BACKGROUND, INK, FRAME = (18, 20, 26), (235, 238, 245), (255, 196, 61)
 DIMMED = 0.22
 
 
-def draw_overlay(model, processor, inputs, caption: str, path: str) -> None:
+def draw_overlay(model, processor, inputs, caption: str, path: Path) -> None:
     """Writes a contact sheet of the media in `inputs`, with what `model` keeps of them.
 
     Args:
@@ -39,7 +41,7 @@ def draw_overlay(model, processor, inputs, caption: str, path: str) -> None:
             if medium.grids[1].tokens_per_set:
                 tiles = untile(model, views[1:], size)
                 panels.append((f"image {number}, tiles", panel(tiles, medium.grids[1], kept[1])))
-    sheet(panels, caption).save(path)
+    save(sheet(panels, caption), path)
 
 
 def kept_by_panel(medium) -> list:
@@ -117,9 +119,8 @@ def sheet(panels: list, caption: str, columns: int = 4) -> Image.Image:
     return canvas
 
 
-def save(image: Image.Image, path) -> None:
-    """Writes a picture whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    image.save(temporary, format=path.suffix.lstrip(".") or "png")
-    temporary.replace(path)
+def save(image: Image.Image, path: Path) -> None:
+    """Writes a picture, of a kind that `PICTURES` names, whole or not at all."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=PICTURES[path.suffix.lower()])
+    write_whole(path, buffer.getvalue())

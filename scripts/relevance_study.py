@@ -18,7 +18,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 from evaluate_questions import Questions, add_scene_arguments, check_scenes
-from repository import add_model_arguments, code_module, environment, load, output_prefix, write_whole
+from repository import add_model_arguments, code_module, environment, fail, load, output_prefix, write_results
 from toy_world import CHOICES_START, object_map, sample_video
 from tqdm import tqdm
 
@@ -167,7 +167,10 @@ def markdown(record: dict) -> str:
 
 def main():
     args = parse_arguments()
-    study = Study(*load(args))
+    try:
+        study = Study(*load(args))
+    except (ValueError, OSError, ImportError) as error:
+        fail(str(error))
     for seed in tqdm(range(args.first_scene, args.first_scene + args.scenes), unit="video"):
         study.add(sample_video(seed))
     rows = study.rows()
@@ -179,8 +182,7 @@ def main():
         "questions": rows[0]["questions"],
         "rows": rows,
     }
-    write_whole(args.output.with_name(args.output.name + ".json"), json.dumps(record, indent=1))
-    write_whole(args.output.with_name(args.output.name + ".md"), markdown(record))
+    write_results(args.output, {".json": json.dumps(record, indent=1), ".md": markdown(record)})
     print(markdown(record))
 
 

@@ -7,19 +7,23 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 TOWER_FIELDS = {"cls_attention", "keys", "last_cls_attention", "last_keys"}  # what a method may need of the vision tower
 ENDINGS = (".json", ".md", ".png", ".html")  # of result files
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -159,13 +163,42 @@ def output_prefix(text: str) -> Path:
         fail(f"--output {text} is a folder; name the files in it, for example {path / 'results'}")
     if path.suffix in ENDINGS:
         path = path.with_suffix("")
+    _check_writable(path.parent, f"--output {text}")
+    return path
+
+
+def output_picture(text: str, option: str) -> Path:
+    """The path of a picture to write. Ends the program, before any work, if no picture can be written there."""
+    path = Path(text)
+    if path.is_dir() or path.suffix.lower() not in PICTURES:
+        fail(f"{option} {text}: name a file that ends in {', '.join(PICTURES)}")
+    _check_writable(path.parent, f"{option} {text}")
+    return path
+
+
+def output_folder(folder: Path, option: str = "--output") -> Path:
+    """A folder to write into, made where it is missing. Ends the program, before any work, if that cannot be done."""
+    _check_writable(folder, f"{option} {folder}")
+    return folder
+
+
+def _check_writable(folder: Path, given: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        fail(f"--output {text}: cannot write to {path.parent}: {error.strerror or error}")
-    return path
+        fail(f"{given}: cannot write to {folder}: {error.strerror or error}")
+
+
+def write_results(output: Path, contents: dict) -> None:
+    """Writes result files, text or bytes by the ending that their names add to `output`."""
+    for ending, content in contents.items():
+        path = output.with_name(output.name + ending)
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            fail(f"{path} cannot be written: {error.strerror or error}")
 
 
 def write_whole(path, content) -> None:
@@ -173,10 +206,66 @@ def write_whole(path, content) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter of floating-point operations; some of its versions leave out attention on a CPU."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def attention(query, key, value, *args, **kwargs) -> int:
+        batch, heads, num_queries, width = query
+        return 2 * batch * heads * num_queries * key[2] * (width + value[3])  # of the shapes (B, heads, T, d)
+
+    return FlopCounterMode(display=False, custom_mapping={} if kernel in flop_registry else {kernel: attention})
+
+
+class _Gate:
+    """Stands in for a method: the calls of a thread go through what this thread has wrapped around it, those of others do not."""
+
+    def __init__(self, method, before):
+        self.method, self.before, self.wrappers = method, before, defaultdict(list)
+
+    def __call__(self, *args, **kwargs):
+        call = self.method
+        for wrapper in self.wrappers.get(threading.get_ident(), ()):
+            call = partial(wrapper, call)
+        return call(*args, **kwargs)
+
+
+_GATES = threading.Lock()
+
+
+@contextmanager
+def wrapped(owner, name: str, wrapper):
+    """
+    Inside the block, this thread's calls of the method `owner.name` become `wrapper(method, *args, **kwargs)`. Other threads do not
+    notice, and may do the same at the same time.
+    """
+    thread = threading.get_ident()
+    with _GATES:
+        before = vars(owner).get(name)
+        gate = before if isinstance(before, _Gate) else _Gate(getattr(owner, name), before)
+        gate.wrappers[thread].append(wrapper)
+        setattr(owner, name, gate)
+    try:
+        yield
+    finally:
+        with _GATES:
+            gate.wrappers[thread].remove(wrapper)
+            if not gate.wrappers[thread]:
+                del gate.wrappers[thread]
+            if not gate.wrappers:
+                delattr(owner, name)
+                if gate.before is not None:
+                    setattr(owner, name, gate.before)
 
 
 class FeatureMemory:
@@ -184,39 +273,47 @@ class FeatureMemory:
     Remembers what the vision tower gave for a batch: the settings differ in what they keep of it, not in what it gives.
 
     The features are those of the first time, bit for bit, and depend on the batch alone and not on what came before, so that
-    processes that share the batches get the same. A method that prunes inside the tower goes past it.
+    processes that share the batches, and threads that share the memory, get the same. A method that prunes inside the tower goes
+    past it.
     """
 
     def __init__(self, model):
-        self.model, self.encode, self.known = model, model._tap, {}
+        self.encode, self.known = model._tap, {}
+        self._lock, self._thread = threading.Lock(), threading.local()
         model._tap = self
 
     def __call__(self, pixels, needs=frozenset(), **kwargs):
+        if getattr(self._thread, "goes_past", False):
+            return self.encode(pixels, needs=needs, **kwargs)
         needs = frozenset(needs & TOWER_FIELDS)
         keys = [hash(picture.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for picture in pixels]  # bfloat16 too
         pictures = dict(zip(keys, pixels))  # a batch asks several questions about one scene
-        batch = (tuple(pictures), needs)
-        if batch not in self.known:
-            self.known[batch] = self.encode(torch.stack(list(pictures.values())), needs=needs, **kwargs)
+        batch = (tuple(pictures), pixels.dtype, needs, repr(sorted(kwargs.items())))
+        with self._lock:  # so that of two threads with one batch the second gets what the first computed
+            if batch not in self.known:
+                self.known[batch] = self.encode(torch.stack(list(pictures.values())), needs=needs, **kwargs)
+            found = self.known[batch]
         places = {key: place for place, key in enumerate(pictures)}
         order = torch.tensor([places[key] for key in keys], device=pixels.device)
-        return {name: values[order] for name, values in self.known[batch].items()}
+        return {name: values[order] for name, values in found.items()}
 
     @contextmanager
     def switched_off(self):
-        self.model._tap = self.encode
+        """Inside the block, this thread's calls go past the memory."""
+        self._thread.goes_past = True
         try:
             yield
         finally:
-            self.model._tap = self
+            self._thread.goes_past = False
 
 
 class StageTimer:
     """
-    Seconds that a model spends in each stage of the calls made inside `with timer:`, or what another `clock` counts.
+    Seconds that a model spends in each stage of the calls that this thread makes inside `with timer:`, or what another `clock`
+    counts.
 
     The stages are `vision encoder` (with its pooling), `selection` (with the query), `projector`, `prefill` (the language model's first
-    pass) and `decode` (its later ones); `passes` counts the latter.
+    pass) and `decode` (its later ones); `passes` counts the latter. Each thread has a timer of its own.
     """
 
     def __init__(self, model, clock=None):
@@ -233,24 +330,23 @@ class StageTimer:
             return
         self._inside = True
         start = self.clock()
-        yield
-        self.seconds[stage] += self.clock() - start
-        self._inside = False
+        try:
+            yield
+            self.seconds[stage] += self.clock() - start
+        finally:
+            self._inside = False
 
     def _time(self) -> float:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
 
-    def _wrap(self, owner, name, stage_of):
-        original = getattr(owner, name)
-
-        def timed(*args, **kwargs):
+    def _as(self, stage_of):
+        def timed(call, *args, **kwargs):
             with self._timed(stage_of()):
-                return original(*args, **kwargs)
+                return call(*args, **kwargs)
 
-        setattr(owner, name, timed)
-        self._undo.append(lambda: delattr(owner, name))
+        return timed
 
     def _language_stage(self):
         self.passes += 1
@@ -258,14 +354,17 @@ class StageTimer:
 
     def __enter__(self):
         parts = self.model.model
-        self._undo = []
-        self._wrap(self.model, "_encode", lambda: "vision encoder")
-        self._wrap(parts.vision_tower, "forward", lambda: "vision encoder")  # the stock forward calls it directly
-        self._wrap(self.model, "_select", lambda: "selection")
-        self._wrap(parts.multi_modal_projector, "forward", lambda: "projector")
-        self._wrap(parts.language_model, "forward", self._language_stage)
+        stages = (
+            (self.model, "_encode", lambda: "vision encoder"),
+            (parts.vision_tower, "forward", lambda: "vision encoder"),  # the stock forward calls it directly
+            (self.model, "_select", lambda: "selection"),
+            (parts.multi_modal_projector, "forward", lambda: "projector"),
+            (parts.language_model, "forward", self._language_stage),
+        )
+        self._wrapping = ExitStack()
+        for owner, name, stage_of in stages:
+            self._wrapping.enter_context(wrapped(owner, name, self._as(stage_of)))
         return self
 
     def __exit__(self, *error):
-        for undo in self._undo:
-            undo()
+        self._wrapping.close()

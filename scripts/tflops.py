@@ -12,7 +12,7 @@ Examples:
 
 import argparse
 
-from repository import code_module
+from repository import at_least_one, code_module, keep_ratio
 
 CLIP_L_PATCHES = 576  # and 23 of its 24 layers run before the tapped features
 
@@ -55,9 +55,9 @@ def attention_relevance(
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.25, 0.15, 0.1, 0.05])
-    parser.add_argument("--text", type=int, default=60, help="text tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--frames", type=at_least_one, default=8)
+    parser.add_argument("--keep-ratio", type=keep_ratio, nargs="+", default=[0.25, 0.15, 0.1, 0.05])
+    parser.add_argument("--text", type=at_least_one, default=60, help="text tokens of the prompt (default: %(default)s)")
     return parser.parse_args()
 
 

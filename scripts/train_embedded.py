@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from repository import output_folder
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -817,6 +818,8 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value}: too small")
     if args.evaluate > TABLES_START - FOLLOWED_SCENES.stop:
         parser.error(f"--evaluate {args.evaluate}: at most {TABLES_START - FOLLOWED_SCENES.stop}, then come the scenes of the tables")
+    output_folder(args.output)
+    output_folder(args.work_dir, "--work-dir")
     return args
 
 

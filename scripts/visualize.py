@@ -27,7 +27,7 @@ from repository import (
     load,
     output_prefix,
     parse_setting,
-    write_whole,
+    write_results,
 )
 from tqdm import tqdm
 from visualize_page import page
@@ -152,13 +152,9 @@ def main():
         ".html": page(panels, traces, title, args.ratios),
         ".json": json.dumps(record) + "\n",
     }
-    for ending, content in files.items():
-        path = output.with_name(output.name + ending)
-        try:
-            write_whole(path, content)
-        except OSError as error:
-            fail(f"{path} cannot be written: {error.strerror or error}")
-        print(path)
+    write_results(output, files)
+    for ending in files:
+        print(output.with_name(output.name + ending))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from media import chat_prompt, process
 from overlay import to_pictures, untile
-from repository import code_module
+from repository import code_module, wrapped
 
 # What a method may look at, beside the features themselves, and how a caption calls it; of several the first is shown.
 LOOKS = {
@@ -153,18 +153,15 @@ class PreparedMedia:
 
 @contextmanager
 def watched(model):
-    """A list of what methods are shown (`VisualTokens`) inside the block, one for each call."""
-    seen, original = [], model._visual_tokens
+    """A list of what methods are shown (`VisualTokens`) inside the block, one for each call of this thread."""
+    seen = []
 
-    def show(*args, **kwargs):
-        seen.append(original(*args, **kwargs))
+    def show(call, *args, **kwargs):
+        seen.append(call(*args, **kwargs))
         return seen[-1]
 
-    model._visual_tokens = show
-    try:
+    with wrapped(model, "_visual_tokens", show):
         yield seen
-    finally:
-        del model._visual_tokens
 
 
 def ratio_grid(model, prepared: PreparedMedia, pruning, asked, max_steps: int) -> list:

@@ -1,8 +1,11 @@
 """What the benchmark counts, compares and refuses. Nothing here looks at how long anything takes."""
 
+import itertools
 import json
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import benchmark
@@ -74,15 +77,19 @@ def test_stages_add_up_to_the_whole(report):
 
 
 def test_operations_and_bytes(report):
-    base = report["rows"][0]
-    text = tiny_config().text_config
+    base, text = report["rows"][0], tiny_config().text_config
+    vision = tiny_config().vision_config
+    width, mlp, patches = vision.hidden_size, vision.intermediate_size, PATCHES + 1
+    # Pruned, the tower stops at the tapped layer, the last but one.
+    last_layer = 2 * 2 * (4 * patches * width**2 + 2 * patches**2 * width + 2 * patches * width * mlp)
     for row in report["rows"]:
         tokens = row["prompt_tokens"]
         heads = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
         assert row["kv_cache_bytes"] == 4 * text.num_hidden_layers * 2 * tokens * heads  # keys and values in fp32
         assert row["peak_bytes"] > row["kv_cache_bytes"]
         counted = row["operations"]
-        assert counted["vision encoder"] == base["operations"]["vision encoder"] > 0
+        left_out = 0 if row is base else last_layer
+        assert counted["vision encoder"] == base["operations"]["vision encoder"] - left_out > 0
         assert counted["total"] >= sum(value for name, value in counted.items() if name != "total")
         assert counted["projector"] / base["operations"]["projector"] == row["visual_tokens"] / base["visual_tokens"]
         width, mlp = text.hidden_size, text.intermediate_size
@@ -270,6 +277,36 @@ def test_a_timer_of_another_clock(model):
         model(**inputs)
     stages = ("vision encoder", "selection", "projector", "prefill")
     assert dict(timer.seconds) == dict.fromkeys(stages, 1)  # one tick each, none inside another
+
+
+def test_timers_of_two_threads_do_not_see_each_other(model):
+    inputs = benchmark.random_inputs(model, model.config.pruning, 2, 1, 24, seed=0)
+    barrier, methods = threading.Barrier(2, timeout=30), (model._encode, model._select)
+
+    def measure(new_tokens):
+        ticks = itertools.count()
+        with StageTimer(model, lambda: next(ticks)) as timer:
+            barrier.wait()
+            with torch.no_grad():
+                model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+            if new_tokens == 2:
+                barrier.wait()  # leaves while the other one is inside
+        if new_tokens == 5:
+            barrier.wait()
+        return dict(timer.seconds), timer.passes
+
+    with ThreadPoolExecutor(2) as pool:
+        short, long = pool.map(measure, (2, 5))
+    stages = dict.fromkeys(("vision encoder", "selection", "projector", "prefill"), 1)
+    assert short == ({**stages, "decode": 1}, 2) and long == ({**stages, "decode": 4}, 5)
+    assert (model._encode, model._select) == methods and "forward" not in vars(model.model.language_model)
+
+
+def test_a_timer_leaves_what_stood_in_for_a_method_and_ends_with_an_error(model):
+    model._select = stands_in = model._select
+    with pytest.raises(TypeError), StageTimer(model) as timer:
+        model._select()
+    assert vars(model)["_select"] is stands_in and "_encode" not in vars(model) and not timer.seconds
 
 
 def test_shapes():

@@ -4,6 +4,8 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,43 @@ def test_the_features_of_a_batch_do_not_depend_on_what_came_before(loaded):
     del model._tap
 
 
+def test_threads_that_share_a_memory_get_the_features_of_a_lone_one(loaded):
+    model, generator = loaded[0], torch.Generator().manual_seed(0)
+    pictures = torch.rand(6, 3, 96, 96, generator=generator)
+    batches = [pictures[:3], pictures[2:], pictures[[1, 1, 4]], pictures[:3]] * 3
+    alone = [FeatureMemory(model)(batch)["features"] for batch in batches]
+    del model._tap
+
+    calls, encode = [], model._tap
+    model._tap = lambda *args, **kwargs: (calls.append(1), encode(*args, **kwargs))[1]
+    memory, past = FeatureMemory(model), threading.Event()
+
+    def ask(number):
+        if number == 0:
+            with memory.switched_off():
+                past.wait(10)  # until the others have their answers
+                return model._tap(batches[0])["features"]
+        features = memory(batches[number])["features"]
+        if len(calls) >= 3:
+            past.set()
+        return features
+
+    with torch.no_grad(), ThreadPoolExecutor(len(batches)) as pool:
+        answers = list(pool.map(torch.no_grad()(ask), range(len(batches))))
+    assert all(map(torch.equal, answers[1:], alone[1:]))
+    assert len(calls) == 3 + 1  # each batch once, and the one that went past
+    del model._tap
+
+
+def test_what_the_tower_is_asked_for_is_part_of_what_is_remembered(loaded):
+    model = loaded[0]
+    memory, pictures = FeatureMemory(model), torch.rand(2, 3, 96, 96)
+    first, last = (memory(pictures, vision_feature_layer=layer)["features"] for layer in (1, -1))
+    assert not torch.equal(first, last)
+    assert torch.equal(memory(pictures, vision_feature_layer=1)["features"], first)
+    del model._tap
+
+
 # -- scenes ------------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +258,24 @@ def test_tokens_are_selected_for_another_question(loaded):
     other_query.tokens = None
     assert all(map(torch.equal, kept(model, processor, questions, number), plain))
     del model._select
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("method", ["rediprune", "rediprune_plus", "mmtok", "mmtok,words=all", "trim"])
+def test_a_control_is_what_every_method_selects_for(monkeypatch, tmp_path, method):
+    script = importlib.import_module("evaluate")
+    texts = [method, f"{method},query=constant"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(tmp_path / "a"), "--settings", *texts, "--pruning", "keep_ratio=1"])
+    args = script.parse_arguments()
+    run, questions = script.Evaluation(args, script.Processes(args)), Questions("video", 1)
+    choices = []
+    for setting in args.settings:
+        run.use(setting)
+        media = run.model.select_tokens(**run.inputs(questions, setting, (0, len(questions)), 0.25))
+        choices.append([medium.kept[0] for medium in media])
+    own, constant = choices
+    assert all(torch.equal(kept, constant[0]) for kept in constant)
+    assert not all(torch.equal(kept, own[0]) for kept in own)
 
 
 def test_the_other_question_is_about_another_scene():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -102,6 +103,91 @@ def test_ask_answers_about_a_real_clip(monkeypatch, capsys, tmp_path):
     report = ask(monkeypatch, capsys, "--video", clip, "--question", "what do you see?", "--overlay", tmp_path / "kept.png")
     assert report["pruned"]["visual_tokens"] == 40
     assert (tmp_path / "kept.png").exists()
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+VIDEO = ["--video", str(SAMPLES / "video-1.mp4")]
+WRITERS = {
+    "ask": ["--overlay", "OUTPUT.png", *VIDEO, "--question", "what?"],
+    "visualize": ["--output", "OUTPUT", *VIDEO, "--questions", "what?"],
+    "evaluate": ["--output", "OUTPUT"],
+    "evaluate_plots": [str(ROOT / "docs" / "results" / "ablation-image.json"), "--output", "OUTPUT"],
+    "relevance_study": ["--output", "OUTPUT"],
+    "benchmark": ["--output", "OUTPUT"],
+    "encoder_cost": ["--output", "OUTPUT"],
+    "check_ecosystem": ["--output", "OUTPUT"],
+    "lmms_compare": ["--output", "OUTPUT", "--questions", "missing", "--pair", "a", "b", "rediprune", "0.1"],
+    "lmms_table": ["--output", "OUTPUT", "a=missing"],
+    "make_lmms_task": ["--output", "OUTPUT"],
+    "make_samples": ["--output", "OUTPUT"],
+    "train_embedded": ["--work-dir", "WORK", "--output", "OUTPUT"],
+}
+NO_WRITERS = {"bootstrap", "tflops", "fuzz", "mutate"}  # of their own environments or of tests of their own
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Whatever a tool does before it finds out where it cannot write fails."""
+
+    def work(*args, **kwargs):
+        raise AssertionError("work was done first")
+
+    monkeypatch.setattr("repository.load", work)
+    for name in ("sample_video", "sample_image"):
+        monkeypatch.setattr(f"toy_world.{name}", work)
+    monkeypatch.setattr("transformers.CLIPVisionModel", work)
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", work)
+
+
+@pytest.mark.parametrize("tool", WRITERS)
+def test_a_tool_says_at_once_where_it_cannot_write(monkeypatch, no_work, tmp_path, tool):
+    (tmp_path / "file").touch()
+    arguments = [argument.replace("OUTPUT", f"{tmp_path}/file/a").replace("WORK", str(tmp_path)) for argument in WRITERS[tool]]
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, tool, *arguments)
+    assert re.search(rf"--(output|overlay) {tmp_path}/file/a\S*: cannot write to {tmp_path}/file", str(error.value))
+
+
+def test_every_tool_that_writes_is_asked():
+    mine = {path.stem for path in (ROOT / "scripts").glob("*.py") if "argparse.ArgumentParser(" in path.read_text()}
+    others = {"export", "check_variant"}  # tests/test_export.py
+    assert mine - others - NO_WRITERS == set(WRITERS)
+
+
+def test_an_overlay_goes_where_no_folder_was(monkeypatch, tmp_path):
+    for name in ("new/folder/kept.jpg", "kept.webp"):
+        run(monkeypatch, "ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / name, "--max-new-tokens", 1)
+        assert Image.open(tmp_path / name).size[0] > 500
+    assert len(list(tmp_path.rglob("*.*"))) == 2  # nothing half written
+
+
+@pytest.mark.parametrize("name", ["kept", "kept.txt", "folder.png"])
+def test_an_overlay_is_a_picture(monkeypatch, no_work, tmp_path, name):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(SystemExit, match=f"--overlay {tmp_path}/{name}: name a file that ends in .png, .jpg"):
+        run(monkeypatch, "ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / name)
+
+
+def test_what_is_full_after_the_work_is_a_message_and_leaves_the_answer(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(SystemExit, match="--overlay .*kept.png cannot be written: No space left on device"):
+        run(monkeypatch, "ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / "kept.png", "--max-new-tokens", 1)
+    assert "answer: " in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--frames", "0"], "'0' is not a number of at least 1"),
+    (["--keep-ratio", "2"], "'2' is not a keep ratio"),
+    (["--text", "-1"], "'-1' is not a number of at least 1"),
+])  # fmt: skip
+def test_tflops_says_what_is_wrong(monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "tflops", *arguments)
+    assert message in capsys.readouterr().err
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_the_vision_tower_runs_once_for_all_ratios_and_questions(loaded, monkeyp
     monkeypatch.setattr(case.model, "_tap", type(case.model)._tap.__get__(case.model))
     FeatureMemory(case.model)
     tower = case.model.model.vision_tower
-    hook = tower.register_forward_hook(lambda *_: calls.append(1))
+    hook = getattr(tower, "vision_model", tower).embeddings.register_forward_hook(lambda *_: calls.append(1))
     case.trace(steps=6)
     case.trace(steps=6, question=OTHER)
     hook.remove()
