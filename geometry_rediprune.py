@@ -29,6 +29,33 @@ class TileCrop(NamedTuple):
     width: int
 
 
+def check_pinpoints(grid_pinpoints, tile_size: int = 1) -> None:
+    """Raises ValueError unless `grid_pinpoints` are resolutions (height, width) in tiles of `tile_size` pixels."""
+
+    def is_length(value):
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % tile_size == 0
+
+    pairs = grid_pinpoints if isinstance(grid_pinpoints, (list, tuple)) else []
+    if not pairs or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_length, pair)) for pair in pairs
+    ):
+        unit = "positive whole numbers" if tile_size == 1 else f"positive multiples of {tile_size}, the side of a tile"
+        raise ValueError(
+            f"image_grid_pinpoints is {grid_pinpoints!r}, but must be a list of resolutions [height, width] in pixels, "
+            f"{unit}; set it in config.json and in preprocessor_config.json to what the checkpoint was trained with."
+        )
+
+
+def check_pool_stride(stride, side: int = None) -> None:
+    """Raises ValueError unless `stride` can pool frames of `side` x `side` tokens."""
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1 or side is not None and stride > side:
+        most = "" if side is None else f" and at most {side}, the tokens on the side of a frame"
+        raise ValueError(
+            f"spatial_pool_stride is {stride!r}, but must be a whole number of at least 1{most}; set it in config.json "
+            "to what the checkpoint was trained with (2 for LLaVA-NeXT-Video)."
+        )
+
+
 def crop_of_tiles(image_size, grid_pinpoints, tile_size: int, side: int) -> TileCrop:
     """
     The anyres layout of an image.
@@ -38,7 +65,11 @@ def crop_of_tiles(image_size, grid_pinpoints, tile_size: int, side: int) -> Tile
         grid_pinpoints: the resolutions (height, width) to choose from.
         tile_size: side of a tile in pixels.
         side: tokens on the side of a tile.
+
+    Raises:
+        ValueError: the resolutions are not of whole tiles.
     """
+    check_pinpoints(grid_pinpoints, tile_size)
     height, width = (int(length) for length in image_size)
     best_height, best_width = select_best_resolution((height, width), grid_pinpoints)
     rows, columns = best_height // tile_size, best_width // tile_size
@@ -59,8 +90,14 @@ def image_grids(image_size, grid_pinpoints, tile_size: int, side: int) -> list:
 
 
 def video_grids(num_frames: int, side: int, pooling: str, pool_stride: int) -> list:
-    """The one grid of a video whose frames have `side` x `side` tokens before pooling."""
+    """
+    The one grid of a video whose frames have `side` x `side` tokens before pooling.
+
+    Raises:
+        ValueError: nothing would be left by pooling with `pool_stride`.
+    """
     if pooling == "before":
+        check_pool_stride(pool_stride, side)
         side = side // pool_stride
     return [TokenGrid(num_frames, side, side)]
 

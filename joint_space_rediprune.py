@@ -12,6 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
 from .configuration_rediprune import names_folder
 from .selection_rediprune import MIN_NORM
+from .tokenizing_rediprune import OneAtATime
 from .untrusted_rediprune import find_files, link_files, read_config, weight_files
 
 SEGMENT = 77  # tokens that a CLIP text tower reads at once
@@ -69,7 +70,7 @@ def load_tokenizer(text_tower: str):
         files = find_files(source, list(TOKENIZER_FILES), **hub)
         if not ("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()):
             raise OSError(f"there is no tokenizer.json and no vocab.json with merges.txt in {source!r}")
-        return CLIPTokenizerFast.from_pretrained(link_files(files))
+        return OneAtATime(CLIPTokenizerFast.from_pretrained(link_files(files)))
 
 
 def question_segments(text_tower: str, questions: list) -> tuple:

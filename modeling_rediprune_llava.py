@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .method_prumerge_rediprune import PruMerge  # noqa: F401
     from .method_rediprune import ReDiPrune  # noqa: F401
     from .method_trim_rediprune import Trim  # noqa: F401
+    from .tokenizing_rediprune import OneAtATime  # noqa: F401
     from .untrusted_rediprune import find_files  # noqa: F401
 
 logger = logging.get_logger(__name__)

@@ -1,6 +1,7 @@
 """How long a prompt is: media become pixels and exactly as many placeholders as the model will fill."""
 
 import copy
+import functools
 import itertools
 import os
 import re
@@ -9,15 +10,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from transformers import BatchFeature, LlavaNextVideoProcessor
-from transformers.image_utils import is_pil_image, load_image, make_flat_list_of_images, to_numpy_array
+from transformers.image_utils import is_pil_image, load_image, to_numpy_array
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
-from transformers.video_utils import make_batched_metadata, make_batched_videos
+from transformers.video_utils import make_batched_metadata
 
+from .chat_rediprune import plain_messages, plain_text, plain_tools
 from .configuration_rediprune import AUTO_MAP, PruningConfig, ReDiPruneConfig
-from .geometry_rediprune import image_grids, num_placeholders, video_grids
+from .download_rediprune import MAX_BYTES, TIMEOUT, download, is_url
+from .geometry_rediprune import check_pinpoints, check_pool_stride, image_grids, num_placeholders, video_grids
 from .joint_space_rediprune import question_segments
+from .media_rediprune import (
+    check_mode,
+    check_pixels,
+    file_content,
+    flat_images,
+    flat_videos,
+    is_empty,
+    is_rescaled,
+    read_image,
+)
 from .portability_rediprune import code_in_place, make_portable, whole_files
-from .video_rediprune import frame_indices, read_video
+from .tokenizing_rediprune import OneAtATime
+from .video_rediprune import frame_indices, read_video, stack_frames
 from .words_rediprune import content_words
 
 if TYPE_CHECKING:
@@ -39,6 +53,9 @@ if TYPE_CHECKING:
     from .untrusted_rediprune import find_files  # noqa: F401
 
 
+TRANSFORMERS_4 = not hasattr(LlavaNextVideoProcessor, "_process_videos")
+
+
 class ReDiPruneProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}, "common_kwargs": {"return_tensors": "pt"}}
 
@@ -50,12 +67,20 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
     Loaded from a repository it takes the pruning parameters from `config.json`, their only home; they are not saved with
     the processor.
 
+    Threads can call one processor at the same time, each with its own arguments: a call keeps no state in it.
+
     Args:
         pruning ([`PruningConfig`] or `dict`, *optional*): the pruning block; the defaults when not given.
         spatial_pool_stride (`int`, defaults to 2): stride of the video pooling, as in the model's config.
+
+    Attributes:
+        download_timeout (`float`, 60): seconds that an image or a video by URL may take.
+        download_max_bytes (`int`, 512 MiB): bytes that it may have.
     """
 
     tokenizer_class = "AutoTokenizer"  # 4.57 would take Llama's alone
+    download_timeout = TIMEOUT
+    download_max_bytes = MAX_BYTES
 
     def __init__(
         self,
@@ -85,6 +110,7 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             **kwargs,
         )
         self.pruning = PruningConfig.from_value(pruning)
+        check_pool_stride(spatial_pool_stride)
         self.spatial_pool_stride = spatial_pool_stride
 
     @classmethod
@@ -99,7 +125,7 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
         overrides = {} if pruning is None else {"pruning": pruning}
         config = ReDiPruneConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs, **overrides)
-        if not hasattr(LlavaNextVideoProcessor, "_process_videos"):
+        if TRANSFORMERS_4:
             # 4.57 has two image processors and would take the slow one, whose pixels differ from those of 5.x.
             kwargs.setdefault("use_fast", True)
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -115,7 +141,7 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
 
     def to_dict(self, *args, **kwargs):
         output = super().to_dict(*args, **kwargs)
-        for key in ("pruning", "spatial_pool_stride"):
+        for key in ("pruning", "spatial_pool_stride", "download_timeout", "download_max_bytes"):
             output.pop(key, None)
         return output
 
@@ -130,41 +156,79 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             make_portable(folder, type(self).__name__, {"AutoProcessor": AUTO_MAP["AutoProcessor"]})
         return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files]
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, keep_ratio=None, **kwargs):
+    def apply_chat_template(self, conversation, chat_template=None, tools=None, documents=None, **kwargs):
+        """
+        As in the stock class, and what somebody typed never becomes a placeholder: where a text of the conversation, of
+        `tools` or of `documents` holds `<video>` or `<image>`, a zero width space (U+200B) follows its `<`, in the
+        prompt and so in what the model reads. Media come from the parts of type `"video"` and `"image"` alone.
+        """
+        tokens = (self.image_token, self.video_token)
+        conversation = plain_messages(conversation, tokens)
+        if TRANSFORMERS_4 and kwargs.get("tokenize"):
+            conversation = _contents_as_lists(conversation)
+        tools, documents = plain_tools(tools, tokens), plain_text(documents, tokens)
+        return super().apply_chat_template(conversation, chat_template, tools=tools, documents=documents, **kwargs)
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        keep_ratio=None,
+        download_timeout=None,
+        download_max_bytes=None,
+        **kwargs,
+    ):
         """
         As in the stock class, and:
 
         Args:
-            videos: arrays, lists of frames, or paths and URLs of video files, sampled as the video processor's config says
-                (or `num_frames=`, `fps=`, `do_sample_frames=`); a clip with fewer frames gives all of them.
+            text: prompts in which every `<video>` and `<image>` is a placeholder, whoever wrote it;
+                `apply_chat_template` is what tells them from typed text.
+            images: PIL images, arrays, paths, http or https URLs or base64, each alone, in a list, or in one list for
+                each prompt. Arrays are RGB of 0..255.
+            videos: arrays, lists of frames, or videos as paths, http or https URLs, `bytes` or binary files, sampled as
+                the video processor's config says (or `num_frames=`, `fps=`, `do_sample_frames=`); a clip with fewer
+                frames gives all of them.
             keep_ratio (`float`, *optional*): keep ratio of this call, instead of the one of `config.json`. It is returned
                 among the inputs, so that `model.generate(**inputs)` follows it.
+            download_timeout (`float`, *optional*), download_max_bytes (`int`, *optional*): instead of the attributes.
+                The limits hold for each URL with all its redirects; one to another scheme than http or https is refused.
 
         Returns:
             [`BatchFeature`]: the stock fields, `keep_ratio` (`float`) where it was given, and those of `question_inputs`.
 
         Raises:
             FileNotFoundError: a video path that does not exist.
-            OSError: the text tower cannot be reached.
-            ValueError: placeholders and media differ in number; audio was given; a video cannot be decoded or is empty;
-                the videos of one call have different numbers of frames.
+            OSError: the text tower or a URL cannot be reached; a `TimeoutError` where the time was not enough.
+            ValueError: placeholders and media differ in number, or, in lists for each prompt, do so for one of them;
+                audio was given; a medium cannot be decoded, is empty, or is no 8-bit RGB; a URL is of another scheme,
+                or too large; the videos of one call have different numbers of frames; a text cannot be encoded.
         """
         # Harnesses pass an empty list for each modality that a sample lacks, under old names too.
-        if not _is_empty(audio) or not _is_empty(kwargs.pop("audios", None)):
+        if not is_empty(audio) or not is_empty(kwargs.pop("audios", None)):
             raise ValueError(f"{type(self).__name__} takes images and videos, but audio was given; leave it out.")
-        images = None if _is_empty(images) else self.image_processor.fetch_images(images)
-        if not _is_empty(videos):
-            videos, kwargs = self._sample_videos(videos, kwargs)
-        else:
-            videos = None
         text = [text] if isinstance(text, str) else text
-
+        # All that needs no medium is checked before one is read or downloaded.
+        self.validate_inputs(images, text, videos)
         # A copy with its own pruning block, so that calls with different ratios cannot meet in shared state.
         caller = copy.copy(self)
         caller.pruning = self.pruning.with_keep_ratio(keep_ratio)
+        caller.tokenizer = OneAtATime(self.tokenizer)
+        fetch = functools.partial(
+            download,
+            timeout=self.download_timeout if download_timeout is None else download_timeout,
+            max_bytes=self.download_max_bytes if download_max_bytes is None else download_max_bytes,
+        )
+        images = None if is_empty(images) else self._read_images(images, kwargs, fetch)
+        if is_empty(videos):
+            videos = None
+        else:
+            videos, kwargs = self._sample_videos(videos, kwargs, fetch)
         outputs = caller._process(images, text, videos, kwargs)
         if keep_ratio is not None:
-            outputs["keep_ratio"] = float(keep_ratio)
+            outputs["keep_ratio"] = caller.pruning.keep_ratio
         if text is not None and not (images is None and videos is None):
             outputs.update(caller.question_inputs(text))
         return outputs
@@ -255,11 +319,10 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         return MultiModalData(**numbers)
 
     def _process(self, images, text, videos, kwargs) -> BatchFeature:
-        if hasattr(super(), "_process_videos"):
+        if not TRANSFORMERS_4:
             return super().__call__(images=images, text=text, videos=videos, **kwargs)
         # transformers 4.57 sizes all videos of a call by the first one and has no hook for the count of one medium, so
         # here are the steps of 5.x.
-        self.validate_inputs(images, text, videos)
         merged = self._merge_kwargs(ReDiPruneProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         image_inputs = {} if images is None else self.image_processor(images, **merged["images_kwargs"])
         video_inputs = {} if videos is None else self.video_processor(videos, **merged["videos_kwargs"])
@@ -286,9 +349,32 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             outputs["video_metadata"] = metadata
         return outputs
 
-    def _sample_videos(self, videos, kwargs):
+    def _read_images(self, images, kwargs, fetch) -> list:
+        """Every image as PIL or an array."""
+        options = {**kwargs, **kwargs.get("images_kwargs", {})}
+        if options.get("crop_size") is None:
+            check_pinpoints(self.image_processor.image_grid_pinpoints, self.image_processor.crop_size["height"])
+        rescaled = is_rescaled(self.image_processor, options)
+        images, _ = flat_images(images)
+        for index, image in enumerate(images):
+            name = f"image {index}"
+            if isinstance(image, str):
+                images[index] = read_image(image, name, fetch)
+            elif is_pil_image(image):
+                check_mode(image, name)
+            elif hasattr(image, "dtype"):
+                check_pixels(image, "height, width", name, rescaled)
+            else:
+                raise ValueError(
+                    f"{name} is of type {type(image).__name__}, but must be a PIL image, an array, or a string that is "
+                    "a path, an http or https URL, or base64."
+                )
+        return images
+
+    def _sample_videos(self, videos, kwargs, fetch):
         """Decoded and sampled frames of every video, and the arguments that then remain for the stock processor."""
         videos_kwargs = dict(kwargs.get("videos_kwargs", {}))
+        rescaled = is_rescaled(self.video_processor, {**kwargs, **videos_kwargs})
         options = {}
         for key in ("num_frames", "fps", "do_sample_frames", "video_metadata"):
             flat, nested = kwargs.pop(key, None), videos_kwargs.pop(key, None)
@@ -300,25 +386,17 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             options["num_frames"] = self.video_processor.num_frames
             options["fps"] = self.video_processor.fps if options["num_frames"] is None else None
 
-        videos = make_batched_videos(_plain_lists(videos))
-        metadata = make_batched_metadata(videos, options["video_metadata"])
-
         def choose(total, source_fps):
             if not options["do_sample_frames"]:
                 return np.arange(total)
             return frame_indices(total, options["num_frames"], options["fps"], source_fps)
 
+        videos, _ = flat_videos(videos)
+        given = options["video_metadata"]
+        metadata = [None] * len(videos) if given is None else make_batched_metadata(videos, given)
         for index, video in enumerate(videos):
-            if isinstance(video, str):
-                videos[index], metadata[index] = read_video(video, choose)
-                continue
-            if isinstance(video, list):  # paths of frames
-                video = np.stack([np.array(load_image(frame)) for frame in video])
-            if len(video) == 0:
-                raise ValueError(f"video {index} has no frames")
-            kept = choose(len(video), metadata[index].fps)
-            videos[index] = to_numpy_array(video)[kept]  # 4.57 reads the channels of a tensor as the first dimension
-            metadata[index].frames_indices = [int(frame) for frame in kept]
+            name = f"video {index}"
+            videos[index], metadata[index] = _read_video(video, name, metadata[index], choose, fetch, rescaled)
         lengths = [len(video) for video in videos]
         if len(set(lengths)) > 1:
             raise ValueError(
@@ -332,40 +410,97 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         return videos, {**kwargs, **options}
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Refuses a text that does not have one placeholder for each medium."""
+        """
+        Refuses texts that are none, and texts that do not have one placeholder for each medium: in all, and each by
+        itself where there is a list of media for each.
+        """
         if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} was given nothing; pass text, images or videos.")
         if text is None:
             return
         if not (isinstance(text, (list, tuple)) and all(isinstance(sample, str) for sample in text)):
             raise ValueError(f"text must be a string or a list of strings, but is {text!r}")
-        media = (
-            ("image", self.image_token, [] if images is None else make_flat_list_of_images(images)),
-            ("video", self.video_token, [] if videos is None else videos),
-        )
-        for name, token, items in media:
-            found = sum(sample.count(token) for sample in text)
-            if found != len(items):
+        for row, sample in enumerate(text):
+            _check_encodes(sample, row)
+        for name, token, media, flat in (
+            ("image", self.image_token, images, flat_images),
+            ("video", self.video_token, videos, flat_videos),
+        ):
+            items, rows = ([], None) if is_empty(media) else flat(media)
+            found = [sample.count(token) for sample in text]
+            if sum(found) != len(items):
                 raise ValueError(
-                    f"the text has {found} {token} placeholders, but {len(items)} {name}s were passed; write one {token} "
-                    f"for each {name}, where it belongs in the prompt."
+                    f"the text has {sum(found)} {token} placeholders, but {len(items)} {name}s were passed; write one "
+                    f"{token} for each {name}, where it belongs in the prompt, or in a chat a part of type {name!r}."
+                )
+            if rows is not None and len(text) > 1 and rows != found:
+                raise ValueError(
+                    f"the prompts have {found} {token} placeholders, but the lists hold {rows} {name}s; pass one list "
+                    f"for each prompt with the {name}s of that prompt, or one flat list of all."
                 )
 
 
-def _is_empty(media) -> bool:
-    """Whether nothing was passed: `None`, or lists of nothing."""
-    return media is None or isinstance(media, (list, tuple)) and all(_is_empty(item) for item in media)
+def _check_encodes(text: str, row: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text {row} holds {text[error.start]!r} at character {error.start}, half of a surrogate pair, which "
+            'stands for no character; replace it, for example by text.encode("utf-8", "replace").decode().'
+        ) from error
 
 
-def _plain_lists(videos):
-    """`videos` with paths as strings, PIL frames as RGB arrays, and lists in place of tuples and of batched arrays."""
-    if isinstance(videos, os.PathLike):
-        return os.fspath(videos)
-    if isinstance(videos, (list, tuple)):
-        return [_plain_lists(video) for video in videos]
-    if is_pil_image(videos):
-        return np.array(load_image(videos))
-    return list(videos) if getattr(videos, "ndim", 0) == 5 else videos
+def _read_video(video, name: str, metadata, choose, fetch, rescaled: bool) -> tuple:
+    """The chosen frames of a video of any form, as an array, and their metadata; `metadata` is what is known of it."""
+    if isinstance(video, os.PathLike):
+        video = os.fspath(video)
+    if isinstance(video, str):
+        return read_video(fetch(video), choose, repr(video)) if is_url(video) else read_video(video, choose)
+    if hasattr(video, "read"):
+        video = file_content(video)
+    if isinstance(video, (bytes, bytearray, memoryview)):
+        return read_video(bytes(video), choose, name)
+    if is_pil_image(video) or getattr(video, "ndim", 4) < 4:  # one frame
+        video = [video]
+    elif not isinstance(video, (list, tuple)) and not hasattr(video, "dtype"):
+        raise ValueError(
+            f"{name} is of type {type(video).__name__}, but must be a path, an http or https URL, bytes, a binary "
+            "file, an array (frames, height, width, 3), or a list of frames."
+        )
+    if len(video) == 0:
+        raise ValueError(f"{name} has no frames")
+    kept = choose(len(video), metadata and metadata.fps)
+    if isinstance(video, (list, tuple)):
+        frames = [_frame(video[index], f"frame {index} of {name}", fetch) for index in kept]
+        frames = stack_frames(frames, name)
+    else:
+        frames = to_numpy_array(video)[kept]  # 4.57 reads the channels of a tensor as the first dimension
+    check_pixels(frames, "frames, height, width", name, rescaled)
+    if metadata is None:
+        (metadata,) = make_batched_metadata([frames], None)
+        metadata.total_num_frames = len(video)
+    metadata.frames_indices = [int(frame) for frame in kept]
+    return frames, metadata
+
+
+def _frame(frame, name: str, fetch) -> np.ndarray:
+    if isinstance(frame, os.PathLike):
+        frame = os.fspath(frame)
+    if isinstance(frame, str):
+        frame = read_image(frame, name, fetch)
+    if is_pil_image(frame):
+        check_mode(frame, name)
+        return np.array(load_image(frame))
+    return to_numpy_array(frame)
+
+
+def _contents_as_lists(conversation):
+    """Chats whose contents are lists of parts: 4.57 looks for media in every part, and in every letter of a string."""
+    if isinstance(conversation, list):
+        return [_contents_as_lists(item) for item in conversation]
+    if not isinstance(conversation.get("content"), str):
+        return conversation
+    return {**conversation, "content": [{"type": "text", "text": conversation["content"]}]}
 
 
 ReDiPruneProcessor.register_for_auto_class()  # so that saving copies this file and those that it imports

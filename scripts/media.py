@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 
 from PIL import Image
-from repository import fail
+from repository import code_module, fail
 
 
 def add_media_arguments(parser: argparse.ArgumentParser) -> None:
     media = parser.add_mutually_exclusive_group(required=True)
-    media.add_argument("--video", help="video file or URL")
-    media.add_argument("--image", nargs="+", help="one or more image files")
+    media.add_argument("--video", help="video file, or its http or https URL")
+    media.add_argument("--image", nargs="+", help="one or more image files, or http or https URLs")
     media.add_argument("--frames", help="folder of images that are the frames of a video, in the order of their names")
     parser.add_argument("--num-frames", type=int, help="frames sampled from a video (default: as the repository says)")
 
@@ -30,11 +30,13 @@ def read_media(args) -> dict:
     return {"videos": [[open_image(path) for path in paths]]}
 
 
-def open_image(path):
+def open_image(place):
+    """An image as the processor reads it: RGB and upright."""
+    download = code_module("download_rediprune").download
     try:
-        return Image.open(path).convert("RGB")
+        return code_module("media_rediprune").read_image(str(place), "it", download)
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read as an image: {error}")
+        fail(f"{place} cannot be read as an image: {error}")
 
 
 def chat_prompt(processor, media: dict, question: str) -> str:

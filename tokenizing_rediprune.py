@@ -1,0 +1,20 @@
+"""Tokenizers in threads. A tokenizer in Rust keeps padding and truncation as its own state, which every call sets anew:
+two calls at once are padded as the other one asked, or fail with "Already borrowed"."""
+
+import threading
+
+_LOCK = threading.Lock()
+
+
+class OneAtATime:
+    """A tokenizer whose calls wait for one another; in all else the tokenizer itself."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer_in_turn = tokenizer
+
+    def __call__(self, *args, **kwargs):
+        with _LOCK:
+            return self._tokenizer_in_turn(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer_in_turn, name)
