@@ -12,7 +12,7 @@ from rediprune.relevance_rediprune import (
     cosine_relevance,
     word_rows,
 )
-from rediprune.selection_rediprune import build_query, group_means, group_sizes
+from rediprune.selection_rediprune import build_query, group_means, group_sizes, nearest_kept
 from tiny import WORDS, random_image, random_video, tiny_model, tiny_processor
 
 
@@ -90,6 +90,20 @@ def shown(model, inputs):
     model.select_tokens(**inputs)
     del model._visual_tokens
     return seen
+
+
+def test_merging_is_in_fp32():
+    """Of features in half precision: the mean of the group, and the part of the way to it."""
+    pruning = {"method": "rediprune_plus", "keep_ratio": 0.1, "merging": 0.3}
+    model, processor = tiny_model(**pruning).to(torch.bfloat16), tiny_processor(**pruning)
+    inputs = processor(text="USER: <video>\nwhere is the star ? ASSISTANT:", videos=random_video()).to(torch.bfloat16)
+    (tokens,), (medium,) = shown(model, inputs), model.select_tokens(**inputs)
+    kept, features = medium.kept[0], tokens.features
+    nearest = nearest_kept(tokens.compared, kept, tokens.times, 0.25)
+    old, means = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1])), group_means(features, nearest, 6)
+    expected = (old.float() + 0.3 * (means - old.float())).to(torch.bfloat16)
+    assert torch.equal(medium.tokens[0], expected) and not torch.equal(expected, old.lerp(means.bfloat16(), 0.3))
+    assert torch.equal(medium.sizes[0], group_sizes(nearest, 6))
 
 
 @pytest.mark.parametrize("method", ["rediprune_plus", "divprune", "rediprune"])
