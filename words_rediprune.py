@@ -6,7 +6,8 @@ import re
 STOP_WORDS = frozenset(
     word
     for words in (
-        "a an the this that these those some any each every all both either neither no such same other another few more most own",  # determiners
+        "a an the this that these those some any each every all both either neither no",  # determiners
+        "such same other another few more most own",
         "i me my mine you your yours he him his she her hers it its we us our ours they them their theirs",  # pronouns
         "myself yourself himself herself itself ourselves themselves someone something anyone anything one ones",
         "who whom whose what which where when why how many much",  # question words

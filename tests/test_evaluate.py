@@ -1,5 +1,6 @@
 """The evaluation script: the same numbers whatever was killed, resumed or shared, controls that control, clear messages."""
 
+import copy
 import importlib
 import json
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -276,6 +278,18 @@ def test_a_control_is_what_every_method_selects_for(monkeypatch, tmp_path, metho
     own, constant = choices
     assert all(torch.equal(kept, constant[0]) for kept in constant)
     assert not all(torch.equal(kept, own[0]) for kept in own)
+
+
+def test_the_words_are_those_of_the_other_question(loaded):
+    model, processor = loaded
+    module, questions = importlib.import_module("evaluate"), Questions("video", 2)
+    caller = copy.copy(processor)
+    caller.pruning = PruningConfig(method="mmtok")
+    script = SimpleNamespace(model=model, processor=caller, other_query=SimpleNamespace(tokens=None))
+    for query, words in (("constant", {"see"}), ("own", None)):
+        inputs = module.Evaluation.inputs(script, questions, module.setting(f"mmtok,query={query}"), (0, len(questions)), 0.25)
+        found = {processor.decode(row[row >= 0]).strip() for row in inputs["word_input_ids"]}
+        assert found == words if words else len(found) > 2
 
 
 def test_the_other_question_is_about_another_scene():
