@@ -223,6 +223,25 @@ def linked(repo, folder) -> dict:
     return results
 
 
+def pins(folders, again) -> dict:
+    """For each name the warnings of loading a linked variant, the revision that it then has, and the one that it is saved with."""
+    import logging
+
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    results = {}
+    for name, folder in folders.items():
+        messages.clear()
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        model.save_pretrained(f"{again}/{name}")
+        with open(f"{again}/{name}/config.json") as file:
+            saved = json.load(file).get("weights_revision")
+        weights = "model.safetensors" in os.listdir(f"{again}/{name}")
+        results[name] = {"warnings": [*messages], "loaded": model.config.weights_revision, "saved": saved, "weights": weights}
+    return results
+
+
 def linked_offline(repo) -> dict:
     return fingerprint(*load(repo))
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import export
@@ -110,10 +111,11 @@ def test_a_link_within_the_base(base, tmp_path):
 
 
 def test_what_is_no_file(base, tmp_path):
-    """A pipe would be waited for, without end."""
+    """A pipe would be waited for, without end if nobody opened its other end."""
     folder = sharded(base, tmp_path / "base")
     (folder / SHARDS[1]).unlink()
     os.mkfifo(folder / SHARDS[1])
+    threading.Thread(target=lambda: open(folder / SHARDS[1], "wb").close(), daemon=True).start()
     assert f"{SHARDS[1]} is not a file" in refused(folder, "--output", tmp_path / "variant")
 
 

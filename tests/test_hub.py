@@ -190,6 +190,53 @@ def test_linked_variant_on_the_hub(hub, base, variant, tmp_path):
         assert_same(run_step("linked_offline", hub, tmp_path / "c", python=OTHER_PYTHON, repo="me/linked"), found["loaded"])
 
 
+def test_a_link_that_is_not_pinned(hub, base, tmp_path):
+    """Is loaded with a warning, and pinned when it is saved: the repository may have moved on by then."""
+    commit = add_folder(hub, "me/moving", base)
+    hub.repositories["me/moving"].branches["release"] = commit
+    export_here(base, "--link", "--output", tmp_path / "pinned")
+    edit_config(tmp_path / "pinned", weights_from="me/moving", weights_revision=commit)
+    folders = {"pinned": tmp_path / "pinned"}
+    for name, revision in {"unpinned": None, "branch": "release"}.items():
+        folders[name] = shutil.copytree(tmp_path / "pinned", tmp_path / name)
+        edit_config(folders[name], weights_revision=revision)
+    folders = {name: str(folder) for name, folder in folders.items()}
+    found = run_step("pins", hub, tmp_path / "home", folders=folders, again=tmp_path / "again")
+    assert {value["loaded"] for value in found.values()} == {value["saved"] for value in found.values()} == {commit}
+    assert not any(value["weights"] for value in found.values())
+    about = {name: [text for text in value["warnings"] if "not pinned" in text] for name, value in found.items()}
+    assert about["pinned"] == []
+    for name, revision in {"unpinned": "None", "branch": "'release'"}.items():
+        (text,) = about[name]
+        assert "weights_from='me/moving'" in text and f"weights_revision is {revision}" in text and commit in text
+
+
+def test_an_export_of_a_branch_is_pinned_to_its_commit(hub, base, tmp_path):
+    commit = add_folder(hub, "me/branching", base)
+    hub.repositories["me/branching"].branches["v1"] = commit
+    add_folder(hub, "me/branching", base)
+    for number, revision in enumerate((["--base-revision", "v1"], [])):
+        run_export("me/branching", "--link", *revision, "--output", tmp_path / f"{number}", hub=hub, home=tmp_path / "home")
+        config = json.loads((tmp_path / f"{number}" / "config.json").read_text())
+        assert config["weights_revision"] == (commit if revision else hub.repositories["me/branching"].branches["main"])
+
+
+def test_a_linked_base_without_safetensors_is_refused(hub, base, tmp_path):
+    """Before anything is written, although a link needs no weights."""
+    files = {path.name: path.read_bytes() for path in base.iterdir() if path.suffix != ".safetensors"}
+    hub.add_repository("me/pickles", {**files, "pytorch_model.bin": b""})
+    index = json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}).encode()
+    hub.add_repository("me/shards", {**files, "model.safetensors.index.json": index})
+    cases = {
+        name: ("hf_me", [f"me/{name}", mode, "--output", str(tmp_path / "x"), *dry])
+        for name, mode, dry in (("pickles", "--link", []), ("shards", "--copy", ["--dry-run"]))
+    }
+    found = run_step("exports", hub, tmp_path / "home", script=ROOT / "scripts" / "export.py", cases=cases)
+    assert "holds no model.safetensors and no model.safetensors.index.json" in found["pickles"]
+    assert "model-00001-of-00001.safetensors, which its model.safetensors.index.json names" in found["shards"]
+    assert not (tmp_path / "x").exists()
+
+
 def test_linked_to_a_folder(base, variant, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     export_here(tmp_path / "base", "--link", "--keep-ratio", 0.25, "--output", tmp_path / "tiny-linked")

@@ -293,6 +293,43 @@ def test_the_processor_of_a_folder_loads_without_a_question(folder, capfd):
     assert "custom code" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("most", [0, 200, 1000, 2000, 5000])
+def test_a_processor_that_cannot_be_saved_stays_as_it_was(folder, tmp_path, most):
+    """No file can become larger than so many bytes, as on a disk that is full: some of the new files would fit, others not."""
+    resource = pytest.importorskip("resource")
+    good = tiny_processor(keep_ratio=0.3)
+    good.save_pretrained(folder)
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    other = tiny_processor()
+    other.chat_template, other.image_processor.crop_size = "another", {"height": 8, "width": 8}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(Exception, match="(?i)file too large|os error 27"):
+            other.save_pretrained(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")} == before
+    other.save_pretrained(folder)
+    assert ReDiPruneProcessor.from_pretrained(folder).chat_template == "another"
+
+
+def test_files_that_are_not_the_processors_stay(folder):
+    """Saved into a folder with other files, also of a folder of its own, and where the file itself is elsewhere."""
+    tiny_processor().save_pretrained(folder)
+    (folder / "notes.txt").write_text("mine")
+    names = {path.name for path in folder.iterdir()}
+    (folder / "tokenizer.json").rename(folder.parent / "elsewhere")
+    (folder / "tokenizer.json").symlink_to("../elsewhere")
+    was = (folder.parent / "elsewhere").read_text()
+    processor = tiny_processor()
+    processor.tokenizer.add_tokens(["another"])
+    files = processor.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == names and all(Path(file).parent == folder for file in files)
+    assert (folder.parent / "elsewhere").read_text() == was and "another" in (folder / "tokenizer.json").read_text()
+    assert (folder / "config.json").stat().st_mode == (folder / "tokenizer.json").stat().st_mode
+
+
 def test_a_prefix_of_another_repository_is_not_saved(tmp_path):
     """Loaded from the Hub, `auto_map` names the repository; the saved folder has its own code."""
     config = tiny_config()
