@@ -159,18 +159,20 @@ def test_the_time_is_that_of_all_redirects_together(server):
     assert "/4" not in server.seen
 
 
-def test_a_host_that_does_not_accept():
-    """Its queue is full: a connection is neither taken nor refused."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
-        address = full.getsockname()
-        waiting = [socket.socket() for _ in range(4)]
-        for each in waiting:
-            each.setblocking(False)
-            each.connect_ex(address)
-        with pytest.raises(TimeoutError):
-            download(f"http://127.0.0.1:{address[1]}/", 0.3, 100)
-        for each in waiting:
-            each.close()
+def test_addresses_that_do_not_answer_share_the_time(monkeypatch):
+    """The standard library would wait the whole time for each, and a name can have any number."""
+    given = []
+
+    def connect(connection):
+        given.append(connection.timeout)
+        raise TimeoutError
+
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [None] * 10)
+    monkeypatch.setattr("http.client.HTTPConnection.connect", connect)
+    with pytest.raises(TimeoutError, match="was not downloaded within 20 seconds"):
+        download("http://many.invalid/", 20, 100)
+    assert len(given) == 1 and 0 < given[0] <= 2
 
 
 def test_a_file_that_is_too_large(processor, server, mp4):
@@ -332,6 +334,9 @@ def test_what_ffmpeg_would_open_is_only_a_path(processor, mp4, form):
         processor(text="<video>", videos=form.format(mp4))
 
 
+ENDINGS = {"live": "m3u8", "ended": "m3u8", "concat": "ffconcat", "sdp": "sdp"}
+
+
 def playlists(place):
     hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:30\n#EXTINF:1,\n{place}\n"
     return {
@@ -354,18 +359,30 @@ def test_a_playlist_leads_nowhere(processor, server, tmp_path, monkeypatch, kind
     assert processor(text="<video>", videos="stream.ts")
     content = playlists(place.format(folder=tmp_path, url=server.url))[kind].encode()
     server.answers |= {"/list": content, "/stream.ts": (tmp_path / "stream.ts").read_bytes()}
-    ending = {"live": "m3u8", "ended": "m3u8", "concat": "ffconcat", "sdp": "sdp"}[kind]
-    (tmp_path / f"list.{ending}").write_bytes(content)
-    for video in (tmp_path / f"list.{ending}", content, io.BytesIO(content), f"{server.url}/list"):
+    path = tmp_path / f"list.{ENDINGS[kind]}"
+    path.write_bytes(content)
+    for video in (path, content, io.BytesIO(content), f"{server.url}/list"):
         with pytest.raises(ValueError, match="cannot be decoded as a video"):
             processor(text="<video>", videos=video)
     assert server.seen == ["/list"]
 
 
-def test_the_message_for_a_playlist(processor, tmp_path):
-    path = tmp_path / "list.ffconcat"
-    path.write_text(playlists("stream.ts")["concat"])
+@pytest.mark.parametrize("kind", ["live", "ended", "concat", "sdp"])
+def test_the_message_for_a_playlist(processor, tmp_path, kind):
+    path = tmp_path / f"list.{ENDINGS[kind]}"
+    path.write_text(playlists("stream.ts")[kind])
     with pytest.raises(ValueError, match="A playlist or a list of other files is not followed; pass the video itself"):
+        processor(text="<video>", videos=path)
+
+
+@pytest.mark.parametrize("kind", ["ended", "concat"])
+def test_a_format_that_nobody_knew_to_refer_to_others_leads_nowhere_either(processor, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("rediprune.video_rediprune.REFERRING_FORMATS", set())
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "stream.ts", grey_video(4))
+    path = tmp_path / f"list.{ENDINGS[kind]}"
+    path.write_text(playlists("stream.ts")[kind])
+    with pytest.raises(ValueError, match="cannot be decoded as a video"):
         processor(text="<video>", videos=path)
 
 
