@@ -56,21 +56,22 @@ def select_conditional_dpp(features: torch.Tensor, quality: torch.Tensor, num_ke
     check_finite("features", features)
     check_finite("quality", quality)
     unit, quality = F.normalize(in_double(features), dim=-1, eps=MIN_NORM), in_double(quality)
-    left = unit.square().sum(-1)  # of each unit vector, what the kept ones do not span
+    cosines = torch.bmm(unit, unit.mT)
+    left = cosines.diagonal(dim1=1, dim2=2)  # of each unit vector, what the kept ones do not span
     filling = quality - quality.amax(1, keepdim=True) - 1  # by quality, but below every gain that is left
     taken = torch.zeros_like(left, dtype=torch.bool)
     factors = unit.new_zeros(*left.shape, num_kept)  # row i: the coordinates of token i along the kept ones
-    picks = []
+    picks, sets = [], torch.arange(len(unit), device=unit.device)[:, None]
     for step in range(num_kept):
         left = left.masked_fill(left < SPENT, 0)
         gain = quality.square() * left
         score = torch.where(gain > 0, gain, filling).masked_fill(taken, -torch.inf)
         pick = first_largest(score, relative=True)[:, None]
-        row = lambda values: values.gather(1, pick[..., None].expand(-1, 1, values.shape[-1]))  # noqa: B023, E731
-        residual = torch.bmm(row(unit), unit.mT) - torch.bmm(row(factors), factors.mT)
+        known = factors[..., :step]
+        residual = cosines[sets, pick] - torch.bmm(known[sets, pick], known.mT)
         spread = left.gather(1, pick)
-        factors[:, :, step] = torch.where(spread > 0, residual[:, 0] / spread.clamp_min(SPENT).sqrt(), 0)
-        left = left - factors[:, :, step].square()
+        factors[..., step] = torch.where(spread > 0, residual[:, 0] / spread.clamp_min(SPENT).sqrt(), 0)
+        left = left - factors[..., step].square()
         taken.scatter_(1, pick, True)
         picks.append(pick)
     return torch.cat(picks, dim=1).sort(dim=1).values.to(features.device)

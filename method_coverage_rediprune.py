@@ -70,12 +70,12 @@ def select_coverage(rows: torch.Tensor, num_kept: int, saliency: torch.Tensor = 
         check_finite("saliency", saliency)
         saliency = in_double(saliency)
     rows = in_double(rows)
-    best = rows.new_zeros(*rows.shape[:2], 1)
+    best, uncovered = rows.new_zeros(*rows.shape[:2], 1), torch.empty_like(rows)
     spent = SPENT_GAIN * rows.sum(1).amax(1, keepdim=True)
     taken = torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.bool, device=rows.device)
     picks = []
     for _ in range(num_kept):
-        gain = (rows - best).clamp_min_(0).sum(1)
+        gain = torch.sub(rows, best, out=uncovered).clamp_min_(0).sum(1)
         score = gain.masked_fill(gain < spent, 0)
         if saliency is not None:
             score = score * saliency

@@ -29,7 +29,7 @@ CACHE_BYTES = 10 * 2**20
 # What the two ways to compare tokens cost on a CPU, in nanoseconds of one thread of an AMD EPYC (`scripts/selection_cost.py`;
 # their ratios alone matter). One row of similarities: for each token so much, and for each of its features, from the cache or
 # from memory. All pairs at once: for each pair so much, and for each of its features; only one half is computed, block by block.
-ROW_TOKEN, ROW_FEATURE, ROW_FEATURE_FAR = 40, 0.12, 0.4
+ROW_TOKEN, ROW_FEATURE, ROW_FEATURE_FAR = 40, 0.12, 0.35
 PAIR, PAIR_FEATURE = 5, 0.018
 PAIR_BLOCK = 96
 
