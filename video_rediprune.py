@@ -158,6 +158,7 @@ class _Source:
 
     def __init__(self, file):
         self.file, self.read, self.tell = file, file.read, file.tell
+        self.name = getattr(file, "name", "")  # its ending tells FFmpeg apart what the content does not
 
     def seek(self, offset, whence=os.SEEK_SET):
         try:
