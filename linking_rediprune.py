@@ -186,7 +186,8 @@ def _is_same(parameter, checksums) -> bool:
         return False
     for tensor, (_, dtype, crc) in zip(tensors, checksums):
         as_it_was = tensor.to(dtype)
-        if not torch.equal(as_it_was.to(tensor.dtype), tensor) or _crc(as_it_was) != crc:
+        is_rounded = tensor.dtype != dtype and not torch.equal(as_it_was.to(tensor.dtype), tensor)
+        if is_rounded or _crc(as_it_was) != crc:
             return False
     return True
 
@@ -195,7 +196,8 @@ def _plain_tensors(tensor) -> list:
     """The tensor itself, or what it consists of: the share of this process under tensor parallelism, the parts of a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
-    return [plain for name in tensor.__tensor_flatten__()[0] for plain in _plain_tensors(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [plain for part in parts if isinstance(part, torch.Tensor) for plain in _plain_tensors(part)]
 
 
 def _crc(tensor: torch.Tensor) -> int:

@@ -35,7 +35,14 @@ from .geometry_rediprune import (
     video_grids,
 )
 from .joint_space_rediprune import JointSpace
-from .linking_rediprune import checksum_weights, damage_explained, explained, follow_link, same_weights, unlinked
+from .linking_rediprune import (
+    checksum_weights,
+    damage_explained,
+    explained,
+    follow_link,
+    same_weights,
+    unlinked,
+)
 from .method_base_rediprune import VisualTokens
 from .method_visionzip_rediprune import in_raster_order
 from .methods_rediprune import METHODS

@@ -111,19 +111,40 @@ def test_a_state_dict_of_the_caller(model, tmp_path):
     assert not (tmp_path / "other process").exists()
 
 
+def test_a_share_of_a_tensor(tmp_path):
+    """Under tensor parallelism each process looks at its own."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    from torch.distributed.tensor import DeviceMesh, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = torch.nn.Linear(4, 3)
+        module.weight = torch.nn.Parameter(distribute_tensor(module.weight.data, DeviceMesh("cpu", [0])))
+        checksums = checksum_weights(module)
+        assert same_weights(module, checksums)
+        module.weight.data.to_local()[-1, -1] += 1
+        assert not same_weights(module, checksums)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_parts_of_tensors():
     """A tensor that consists of others, as a quantised one does, is looked at part by part."""
 
     class Pair(torch.Tensor):
         @staticmethod
-        def __new__(cls, first, second):
-            return torch.Tensor._make_wrapper_subclass(cls, first.shape, dtype=first.dtype)
+        def __new__(cls, *parts):
+            return torch.Tensor._make_wrapper_subclass(cls, parts[0].shape, dtype=parts[0].dtype)
 
-        def __init__(self, first, second):
-            self.first, self.second = first, second
+        def __init__(self, *parts):
+            self.parts = parts
+
+        first = property(lambda self: self.parts[0])
+        second = property(lambda self: self.parts[1])
 
         def __tensor_flatten__(self):
-            return ["first", "second"], None
+            return ["first", "second", "parts"], None  # newer ones name what is no tensor, too
 
         def detach(self):
             return self
