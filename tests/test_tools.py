@@ -116,6 +116,7 @@ WRITERS = {
     "relevance_study": ["--output", "OUTPUT"],
     "benchmark": ["--output", "OUTPUT"],
     "encoder_cost": ["--output", "OUTPUT"],
+    "selection_cost": ["--output", "OUTPUT"],
     "check_ecosystem": ["--output", "OUTPUT"],
     "lmms_compare": ["--output", "OUTPUT", "--questions", "missing", "--pair", "a", "b", "rediprune", "0.1"],
     "lmms_table": ["--output", "OUTPUT", "a=missing"],
@@ -123,7 +124,7 @@ WRITERS = {
     "make_samples": ["--output", "OUTPUT"],
     "train_embedded": ["--work-dir", "WORK", "--output", "OUTPUT"],
 }
-NO_WRITERS = {"bootstrap", "tflops", "fuzz", "mutate"}  # of their own environments or of tests of their own
+NO_WRITERS = {"bootstrap", "tflops", "fuzz", "mutate", "reference"}  # of their own environments or of tests of their own
 
 
 @pytest.fixture
