@@ -50,8 +50,8 @@ def find_tower(text_tower: str) -> tuple:
     values, commit = read_config(source, **hub)
     if values.get("model_type") != CLIPConfig.model_type:
         raise ValueError(
-            f"pruning key 'text_tower' is {text_tower!r}, a model of type {values.get('model_type')!r}, but must be a whole CLIP "
-            f"({CLIPConfig.model_type!r}), such as 'openai/clip-vit-large-patch14-336'"
+            f"pruning key 'text_tower' is {text_tower!r}, a model of type {values.get('model_type')!r}, but must be a whole "
+            f"CLIP ({CLIPConfig.model_type!r}), such as 'openai/clip-vit-large-patch14-336'"
         )
     return source, hub if commit is None else {"revision": commit}, CLIPConfig.from_dict(values)
 

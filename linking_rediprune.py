@@ -25,8 +25,9 @@ def follow_link(variant, kwargs: dict) -> tuple:
     """
     Where `from_pretrained(variant, **kwargs)` finds the weights.
 
-    Of the base nothing is read but config.json and the safetensors files with its weights: whoever let the code of a variant
-    run did not mean that of its base. So what is loaded is a folder with links to the latter, and nothing else can be found.
+    Of the base nothing is read but config.json and the safetensors files with its weights: whoever let the code of a
+    variant run did not mean that of its base. So what is loaded is a folder of links to those files, and nothing else can
+    be found.
 
     Returns:
         The folder and the arguments that load the weights from there, with the config of the variant; `(variant, kwargs)`
@@ -62,13 +63,14 @@ def follow_link(variant, kwargs: dict) -> tuple:
         files = find_weights(config, hub, kwargs.get("variant"))
     done = (*PLACE_KEYS, "_commit_hash", "variant", "trust_remote_code")
     rest = {key: value for key, value in rest.items() if key not in done}
-    return link_files(files), {**rest, "config": config, "generation_config": generation_config, "use_safetensors": True}
+    own = {"config": config, "generation_config": generation_config, "use_safetensors": True}
+    return link_files(files), {**rest, **own}
 
 
 def find_weights(config, hub: dict, file_variant=None) -> dict:
     """
-    The files of the base that `config.weights_from` names, as of `weight_files`. Of a base on the Hub, `config.weights_revision`
-    becomes the commit that they are from. Raises as `follow_link` does.
+    The files of the base that `config.weights_from` names, as of `weight_files`. Of a base on the Hub,
+    `config.weights_revision` becomes the commit that they are from. Raises as `follow_link` does.
     """
     base, asked = config.weights_from, config.weights_revision
     hub = {key: value for key, value in hub.items() if key not in PLACE_KEYS}
@@ -78,8 +80,8 @@ def find_weights(config, hub: dict, file_variant=None) -> dict:
     files = weight_files(base, file_variant, **hub, **({"revision": commit} if on_hub else {}))
     if on_hub and asked != commit:
         logger.warning(
-            f"weights_from={base!r} is not pinned: weights_revision is {asked!r}, so that the weights become others when the "
-            f"repository moves on. These are of commit {commit}; write it into config.json as weights_revision."
+            f"weights_from={base!r} is not pinned: weights_revision is {asked!r}, so that the weights become others when "
+            f"the repository moves on. These are of commit {commit}; write it into config.json as weights_revision."
         )
         config.weights_revision = commit
     return files
@@ -138,7 +140,8 @@ def damage_explained(source):
 
 def own_generation_config(variant, config, hub: dict):
     """The generation config of a linked variant: never that of its base, which is a file of somebody else."""
-    if variant is not None and cached_file(variant, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub):
+    options = {**hub, "_raise_exceptions_for_missing_entries": False}
+    if variant is not None and cached_file(variant, GENERATION_CONFIG_NAME, **options):
         return GenerationConfig.from_pretrained(variant, **hub)
     return GenerationConfig.from_model_config(config)
 
@@ -152,8 +155,8 @@ def checksum_weights(model) -> dict:
     What every parameter holds, to notice when saving that a model was trained or changed in any other way.
 
     Returns:
-        `dict` of name -> `None` where the parameter is offloaded, else for each plain tensor that it consists of shape, dtype and
-        CRC-32. All bytes are read once: 14 GB, a 7B model in half precision, take seconds.
+        `dict` of name -> `None` where the parameter is offloaded, else for each plain tensor that it consists of shape,
+        dtype and CRC-32. All bytes are read once: 14 GB, a 7B model in half precision, take seconds.
     """
     parameters = dict(model.named_parameters())
     with ThreadPoolExecutor(CHECKSUM_THREADS) as pool:
@@ -161,8 +164,8 @@ def checksum_weights(model) -> dict:
 
 
 def same_weights(model, checksums: dict) -> bool:
-    """Whether the parameters hold what they held when `checksums` were taken, on whatever device, and in whatever dtype holds
-    the same values."""
+    """Whether the parameters hold what they held when `checksums` were taken, on whatever device, and in whatever dtype
+    holds the same values."""
     parameters = dict(model.named_parameters())
     if parameters.keys() != checksums.keys():
         return False
@@ -193,7 +196,7 @@ def _is_same(parameter, checksums) -> bool:
 
 
 def _plain_tensors(tensor) -> list:
-    """The tensor itself, or what it consists of: the share of this process under tensor parallelism, the parts of a quantised one."""
+    """The tensor itself, or what it consists of: this process's share under tensor parallelism, parts of a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

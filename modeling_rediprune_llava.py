@@ -215,16 +215,23 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, *args, materialise=False, push_to_hub=False, **kwargs
+        self,
+        save_directory,
+        is_main_process=True,
+        state_dict=None,
+        *args,
+        materialise=False,
+        push_to_hub=False,
+        **kwargs,
     ):
         """
         As in the stock class, but a linked variant stays linked: its config names `weights_from`, and no weights are
         written.
 
         Args:
-            materialise (`bool`, defaults to `False`): write the weights of a linked variant, and no link. Happens by itself
-                with a `state_dict` of the caller, and, with a warning, when the weights are no longer those of the base, as
-                after training.
+            materialise (`bool`, defaults to `False`): write the weights of a linked variant, and no link. Happens by
+                itself with a `state_dict` of the caller, and, with a warning, when the weights are no longer those of the
+                base, as after training.
         """
         adapters_alone = getattr(self, "_hf_peft_config_loaded", False)
         if adapters_alone or state_dict is not None or not self._stays_linked(materialise):

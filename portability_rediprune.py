@@ -55,8 +55,8 @@ def portable_tokenizer(values: dict) -> dict:
 @contextmanager
 def whole_files(folder):
     """
-    A new folder beside the files of `folder`, which is made where it is missing. When the block ends well, the files in it take
-    the places of those of the same names; when it fails, as on a full disk, `folder` stays as it was.
+    A new folder beside the files of `folder`, which is made where it is missing. When the block ends well, the files in it
+    take the places of those of the same names; when it fails, as on a full disk, `folder` stays as it was.
     """
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:

@@ -146,7 +146,7 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         return output
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """As in the stock class, but in files that transformers 4.57 and 5.x both read. Where one cannot be written, none is."""
+        """As in the stock class, but in files that both transformers lines read. Where one cannot be written, none is."""
         if push_to_hub:  # comes back here with a temporary folder
             self.push_to_hub(kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory)), **kwargs)
             kwargs = {}

@@ -1,4 +1,4 @@
-"""What is read of a checkpoint whose code nobody trusted: JSON and safetensors files, by plain names, and nothing else."""
+"""What is read of a checkpoint whose code nobody trusted: JSON and safetensors files by plain names, nothing else."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from transformers.utils.hub import cached_files, extract_commit_hash
 from .configuration_rediprune import names_folder
 
 # Keys of JSON files by which transformers finds code to run: classes in other repositories, and kernels.
-CODE_KEYS = {"auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
-CODE_KEYS |= {"experts_implementation", "_experts_implementation", "_experts_implementation_internal", "fusion_config"}
+CODE_KEYS = {"auto_map", "custom_pipelines", "fusion_config"}
+CODE_KEYS |= {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+CODE_KEYS |= {"experts_implementation", "_experts_implementation", "_experts_implementation_internal"}
 PLAIN = re.compile(r'[^/\\:*?"<>|\x00-\x1f]+')  # one file name on every system
 _link_folders = []  # until the process ends, because weights that are offloaded to disk are read again and again
 
@@ -40,7 +41,9 @@ def find_files(source: str, names: list, **hub) -> dict:
         there = [name for name in names if not is_plain(name) or os.path.lexists(os.path.join(source, name))]
         return {name: file_inside(source, name) for name in there}
     if os.path.isdir(source):  # which transformers would read in place of the Hub
-        raise OSError(f"{source!r} is a Hub id, but the working directory holds a folder of this name; work in another one")
+        raise OSError(
+            f"{source!r} is a Hub id, but the working directory holds a folder of this name; work in another one"
+        )
     for name in names:
         check_name(source, name)
     found = cached_files(source, names, _raise_exceptions_for_missing_entries=False, **hub) or []
@@ -55,12 +58,15 @@ def is_plain(name) -> bool:
 def check_name(source, name) -> None:
     """Raises ValueError where the name of a file of a checkpoint is none."""
     if not is_plain(name):
-        raise ValueError(f"{str(source)!r} names a file {name!r}, but only plain names, of files in the checkpoint itself, are read")
+        raise ValueError(
+            f"{str(source)!r} names a file {name!r}, but only plain names, of files in the checkpoint itself, are read"
+        )
 
 
 def file_inside(folder: str, name: str) -> str:
     """
-    The path of a file that lies in the folder itself. A link out of it is followed in the Hub's cache alone, into its `blobs`.
+    The path of a file that lies in the folder itself. A link out of it is followed in the Hub's cache alone, into its
+    `blobs`.
 
     Raises:
         ValueError: the name is no plain file name, or what it names is elsewhere or no file.
@@ -132,8 +138,10 @@ def weight_files(source: str, variant: Optional[str] = None, **hub) -> dict:
             break
     else:
         raise OSError(
-            f"there is no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME} in {source!r}, and weights in other formats, "
-            "which can run code, are not read; load them with transformers and save them, or name a revision that has them"
+            f"there is no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME} in {source!r}, and weights in other "
+            "formats, which can run code, are not read; name a revision that has them (of a repository on the Hub the "
+            "conversion to safetensors often waits as refs/pr/NUMBER), or load them with transformers, save them and name "
+            "that folder"
         )
     if usual == SAFE_WEIGHTS_NAME:
         return {usual: path}
@@ -159,7 +167,9 @@ def names_in_index(path) -> list:
     for name in names:
         check_name(path, name)
         if not name.endswith(".safetensors"):
-            raise ValueError(f"{path} names {name!r}, which is not a safetensors file; others, which can run code, are not read")
+            raise ValueError(
+                f"{path} names {name!r}, which is not a safetensors file; others, which can run code, are not read"
+            )
     return names
 
 

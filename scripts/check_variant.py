@@ -53,7 +53,7 @@ def logits_of(model, inputs: dict, device: str) -> dict:
 
 
 def load_base(place: str, dtype: torch.dtype):
-    """The base in the stock class, without running anything that it brings along, and what transformers says of its loading."""
+    """The base in the stock class, without running anything that it brings along, and the information on its loading."""
     source = str(Path(place).resolve()) if Path(place).is_dir() else place
     values, commit = untrusted.read_config(source)
     config = transformers.LlavaNextVideoConfig.from_dict(values)

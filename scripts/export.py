@@ -44,7 +44,7 @@ configuration = code_module("configuration_rediprune")
 portability = code_module("portability_rediprune")
 untrusted = code_module("untrusted_rediprune")
 
-CONFIGS = ("generation_config.json", "tokenizer_config.json", *(name for name in PROCESSOR_FILES if name.endswith("config.json")))
+CONFIGS = tuple(name for name in SMALL_FILES if name.endswith("_config.json"))
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CHUNK = 16 * 2**20
 CARD_TOKENS = 576  # those of a 336-pixel view, for an example of how many stay
@@ -148,8 +148,8 @@ def code_files() -> list:
 
 def copy_small_files(base_folder: Path, output: Path) -> list:
     """
-    Copies the small files of the base that a variant takes over, without the keys that name code: whoever lets the code of a
-    variant run has not seen that of its base. Returns their names.
+    Copies the small files of the base that a variant takes over, without the keys that name code: whoever lets the code
+    of a variant run has not seen that of its base. Returns their names.
     """
     names = [name for name in SMALL_FILES if find_file(base_folder, name) is not None]
     for name in names:
@@ -189,7 +189,8 @@ def copy_weights(files: list, output: Path) -> None:
     needed = sum(path.stat().st_size for path in files)
     free = shutil.disk_usage(output).free
     if needed > free:
-        raise ExportError(f"the weights need {as_size(needed)}, but the disk has {as_size(free)} left; --link needs none")
+        left = as_size(free)
+        raise ExportError(f"the weights need {as_size(needed)}, but the disk has {left} left; --link needs none")
     with tqdm(total=needed, unit="B", unit_scale=True, desc="copying weights") as bar:
         for path in files:
             with open(path, "rb") as source, open(output / path.name, "wb") as target:

@@ -92,8 +92,8 @@ def read_config(folder: Path) -> dict:
         )
     if "transformers_weights" in values:
         raise ExportError(
-            f"{folder / 'config.json'} names a file of weights itself (transformers_weights); name that file {WEIGHTS}, and leave "
-            "the key out"
+            f"{folder / 'config.json'} names a file of weights itself (transformers_weights); name that file {WEIGHTS}, and "
+            "leave the key out"
         )
     try:
         configuration.ReDiPruneConfig.from_dict({**values})  # 4.57 adds to what it is given
@@ -107,8 +107,8 @@ def read_config(folder: Path) -> dict:
 
 def sizes_of_weights(base: str, folder: Path, commit) -> dict:
     """
-    Names and sizes in bytes of the files with the weights, the index among them; empty where only the Hub knows them and cannot
-    be asked. Nothing is downloaded.
+    Names and sizes in bytes of the files with the weights, the index among them; empty where only the Hub knows them and
+    cannot be asked. Nothing is downloaded.
 
     Raises:
         ExportError: a file is missing, truncated or no safetensors file.

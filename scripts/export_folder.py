@@ -67,12 +67,14 @@ def check_replaceable(output: Path, force: bool) -> None:
     if not force:
         raise ExportError(f"{output} exists already; choose another --output, or pass --force to replace it")
     try:
-        is_variant = untrusted.read_object(output / "config.json").get("model_type") == configuration.ReDiPruneConfig.model_type
+        model_type = untrusted.read_object(output / "config.json").get("model_type")
+        is_variant = model_type == configuration.ReDiPruneConfig.model_type
     except (OSError, ValueError):
         is_variant = output.is_dir() and not any(output.iterdir())
     if not is_variant or os.path.lexists(output / ".git") or output.resolve() == ROOT or output.is_mount():
         raise ExportError(
-            f"{output} is not an exported variant and nothing else, so --force does not replace it; choose another --output"
+            f"{output} is not an exported variant and nothing else, so --force does not replace it; choose another "
+            "--output"
         )
 
 
@@ -96,7 +98,7 @@ def workplace(parent: Path, output):
 
 
 def lock_new(work: Path):
-    """`owner.json` of a new folder, open and locked; `None` where another run took the folder for a leftover and removed it."""
+    """`owner.json` of a new folder, open and locked; `None` where another run took the folder for a leftover."""
     try:
         owner = open(work / OWNER, "x", encoding="utf-8")
     except FileNotFoundError:
@@ -111,7 +113,7 @@ def lock_new(work: Path):
 
 
 def tidy(parent: Path) -> None:
-    """Ends what killed runs of this user left in `parent`, and says so. What may belong to a run that lives is left alone."""
+    """Ends what killed runs of this user left in `parent`, and says so. What may be of a run that lives is left alone."""
     if fcntl is None:
         return
     for work in sorted(parent.glob(f"{PREFIX}*{SUFFIX}")):
@@ -146,7 +148,7 @@ def end_leftover(work: Path) -> None:
 
 
 def settle(work: Path, output) -> str:
-    """Ends what was begun in `work`: either variant is whole in its place, and nothing is left. Returns what was done."""
+    """Ends what was begun in `work`: one variant is whole in its place, and nothing is left. Returns what was done."""
     new, old, superseded = (work / name for name in ("new", "old", "superseded"))
     done = f"removed {work}, which an export{f' to {output}' if output else ''} left when it was killed"
     if old.exists():
@@ -154,7 +156,10 @@ def settle(work: Path, output) -> str:
             os.replace(old, output)
             done = f"put {output} back, which an export was about to replace when it was killed, and removed {work}"
         elif new.exists():
-            return f"{old} was at {output}, which something else has taken meanwhile; move it to where you want it, and remove {work}"
+            return (
+                f"{old} was at {output}, which something else has taken meanwhile; move it to where you want it, and remove "
+                f"{work}"
+            )
         else:
             os.replace(old, superseded)  # at once, so that `old` is always whole
     for part in (new, superseded):

@@ -224,7 +224,7 @@ def linked(repo, folder) -> dict:
 
 
 def pins(folders, again) -> dict:
-    """For each name the warnings of loading a linked variant, the revision that it then has, and the one that it is saved with."""
+    """For each name the warnings of loading a linked variant, and its revision, as loaded and as saved again."""
     import logging
 
     messages, handler = [], logging.Handler()
@@ -237,8 +237,8 @@ def pins(folders, again) -> dict:
         model.save_pretrained(f"{again}/{name}")
         with open(f"{again}/{name}/config.json") as file:
             saved = json.load(file).get("weights_revision")
-        weights = "model.safetensors" in os.listdir(f"{again}/{name}")
-        results[name] = {"warnings": [*messages], "loaded": model.config.weights_revision, "saved": saved, "weights": weights}
+        results[name] = {"warnings": [*messages], "loaded": model.config.weights_revision, "saved": saved}
+        results[name]["weights"] = "model.safetensors" in os.listdir(f"{again}/{name}")
     return results
 
 

@@ -40,18 +40,20 @@ def sharded(base, folder, names=SHARDS):
     broken(base, folder, model__safetensors=None)
     for name in SHARDS:
         shutil.copyfile(base / "model.safetensors", folder / name)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {str(i): name for i, name in enumerate(names)}}))
+    weight_map = {f"tensor {number}": name for number, name in enumerate(names)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
 # -- names that lead out of the base -----------------------------------------------------------------------------------
 
-ESCAPES = ["../mine.safetensors", "{there}/mine.safetensors", "sub/../../mine.safetensors", "..", ".", "", "a\0.safetensors",
-           "..\\mine.safetensors", "C:mine.safetensors", "sub/mine.safetensors"]  # fmt: skip
+ESCAPES = ["../mine.safetensors", "{there}/mine.safetensors", "sub/../../mine.safetensors", "sub/mine.safetensors"]
+ESCAPES += ["..\\mine.safetensors", "C:mine.safetensors", "a\0.safetensors", "..", ".", ""]
+MODES = [["--copy"], ["--link"], ["--copy", "--dry-run"], ["--link", "--dry-run"]]
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-@pytest.mark.parametrize("mode", [["--copy"], ["--link"], ["--copy", "--dry-run"], ["--link", "--dry-run"]], ids=" ".join)
+@pytest.mark.parametrize("mode", MODES, ids=" ".join)
 def test_a_name_in_the_index_that_is_a_path(base, tmp_path, name, mode):
     """The file that it leads to from the base, and the one from the output, stay as they are."""
     there = tmp_path / "there"
@@ -150,13 +152,14 @@ def test_a_base_in_the_cache_of_the_hub(base, tmp_path):
 
 def test_a_base_on_the_hub_whose_index_names_paths(base, tmp_path):
     """Whether its weights are copied, linked or only listed; nothing is downloaded for it."""
-    files = {path.name: path.read_bytes() for path in sharded(base, tmp_path / "base", ["../mine.safetensors"]).iterdir()}
+    folder = sharded(base, tmp_path / "base", ["../mine.safetensors"])
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     with Hub() as hub:
         hub.add_repository("me/base", files)
         environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
         for mode in (["--copy"], ["--link", "--no-check"], ["--copy", "--dry-run"]):
-            command = [sys.executable, ROOT / "scripts" / "export.py", "me/base", *mode, "--output", tmp_path / "variant"]
+            command = [sys.executable, ROOT / "scripts" / "export.py", "me/base", *mode, "--output", tmp_path / "out"]
             result = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert result.returncode == 1 and PLAIN in result.stderr and "Traceback" not in result.stderr, result.stderr
         assert not any(path.endswith(".safetensors") for _, path in hub.requests)
@@ -369,7 +372,7 @@ def state_of(output):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("before", [None, "old"])
 def test_killed_at_any_step(tmp_path, before):
-    """Then the variant that was there, or the new one, is there whole, at the latest after the next run: killed as well or not."""
+    """The variant that was there, or the new one, is there whole, at the latest after the next run, killed as well or not."""
     seen = set()
 
     def killed_at(step):

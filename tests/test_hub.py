@@ -216,7 +216,8 @@ def test_an_export_of_a_branch_is_pinned_to_its_commit(hub, base, tmp_path):
     hub.repositories["me/branching"].branches["v1"] = commit
     add_folder(hub, "me/branching", base)
     for number, revision in enumerate((["--base-revision", "v1"], [])):
-        run_export("me/branching", "--link", *revision, "--output", tmp_path / f"{number}", hub=hub, home=tmp_path / "home")
+        arguments = ["me/branching", "--link", *revision, "--output", tmp_path / f"{number}"]
+        run_export(*arguments, hub=hub, home=tmp_path / "home")
         config = json.loads((tmp_path / f"{number}" / "config.json").read_text())
         assert config["weights_revision"] == (commit if revision else hub.repositories["me/branching"].branches["main"])
 

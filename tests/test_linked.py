@@ -95,7 +95,8 @@ def test_another_dtype(variant, tmp_path):
     assert same_weights(half.float(), half._linked[-1])
     half.save_pretrained(tmp_path / "wider")
     assert is_link(tmp_path / "wider") and same_weights(half.bfloat16(), half._linked[-1])
-    assert_saves_itself(Model.from_pretrained(variant, dtype=torch.float32).bfloat16(), tmp_path / "rounded", link=False)
+    rounded = Model.from_pretrained(variant, dtype=torch.float32).bfloat16()
+    assert_saves_itself(rounded, tmp_path / "rounded", link=False)
 
 
 def test_a_state_dict_of_the_caller(model, tmp_path):

@@ -295,7 +295,7 @@ def test_the_processor_of_a_folder_loads_without_a_question(folder, capfd):
 
 @pytest.mark.parametrize("most", [0, 200, 1000, 2000, 5000])
 def test_a_processor_that_cannot_be_saved_stays_as_it_was(folder, tmp_path, most):
-    """No file can become larger than so many bytes, as on a disk that is full: some of the new files would fit, others not."""
+    """No file can become larger than so many bytes, as on a full disk: some of the new files would fit, others not."""
     resource = pytest.importorskip("resource")
     good = tiny_processor(keep_ratio=0.3)
     good.save_pretrained(folder)

@@ -119,7 +119,8 @@ import transformers
 model = transformers.AutoModelForImageTextToText.from_pretrained({str(variant)!r}, trust_remote_code=True)
 assert "generate" not in vars(model), model.generate
 """
-        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert result.returncode == 0, result.stderr[-3000:]
         asked = {path.partition("/resolve/")[2].partition("/")[2] for _, path in hub.requests if "/resolve/" in path}
     assert asked and asked <= ALLOWED, asked
@@ -153,9 +154,10 @@ def test_an_exported_variant_names_no_code_of_its_base(stock, tmp_path, ran, mod
     base = armed(stock, tmp_path / "base", ran)
     variant = tmp_path / f"variant_{os.getpid()}"
     run(base, mode, "--output", variant)
+    auto_map = export.configuration.AUTO_MAP
+    ours = {"config.json": auto_map, "processor_config.json": {"AutoProcessor": auto_map["AutoProcessor"]}}
     for path in variant.glob("*.json"):
         values = json.loads(path.read_text())
-        ours = {"config.json": export.configuration.AUTO_MAP, "processor_config.json": {"AutoProcessor": "processing_rediprune.ReDiPruneProcessor"}}
         assert values.pop("auto_map", None) == ours.get(path.name), path
         assert without_code(values) == values, path
     assert not list(variant.rglob("evil.py")) and not (variant / "custom_generate").exists()
@@ -188,7 +190,8 @@ def test_weights_named_in_the_config_of_a_base(stock, tmp_path):
 def armed_tower(folder, ran):
     save_clip(folder)
     (folder / "evil.py").write_text(code(ran, "Tokenizer", "Config", "Model"))
-    edit(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map={"AutoTokenizer": ["evil.Tokenizer"] * 2})
+    auto_map = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    edit(folder / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=auto_map)
     edit(folder / "config.json", auto_map={"AutoConfig": "evil.Config"}, _attn_implementation="evil/kernel")
     edit(folder / "adapter_config.json", base_model_name_or_path=str(ran), peft_type="LORA")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Pickle(str(ran))))
