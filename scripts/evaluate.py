@@ -36,7 +36,7 @@ from datetime import timedelta
 import evaluate_questions
 import torch
 import toy_world
-from evaluate_log import AnswerLog, JsonLines, claimed, code_fingerprint
+from evaluate_log import AnswerLog, JsonLines, answers_path, claimed, code_fingerprint
 from evaluate_questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
 from evaluate_report import mark_fronts, markdown, score
 from repository import (
@@ -311,7 +311,7 @@ def main():
         from evaluate_plots import import_matplotlib
 
         import_matplotlib()  # before hours of work rather than after
-    with claimed(args.output) if processes.main else nullcontext():
+    with claimed(answers_path(args.output)) if processes.main else nullcontext():
         evaluate(args, processes)
 
 

@@ -23,18 +23,14 @@ except ImportError:  # Windows
 
 
 @contextmanager
-def claimed(output: Path):
-    """Keeps every other run away from the answers of `output` while it is open. A run that is killed claims nothing more."""
-    path = answers_path(output)
+def claimed(path: Path):
+    """Keeps every other run away from a file of results inside the block. A run that is killed claims nothing more."""
     with path.open("a") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                fail(
-                    f"another run is writing to {path}; wait for it, choose another --output, or let the processes of one run "
-                    "share the work: accelerate launch --multi_gpu --num_processes 2 scripts/evaluate.py ..."
-                )
+                fail(f"another run is writing to {path}; wait for it, or choose another --output")
         yield
 
 

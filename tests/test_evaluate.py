@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from evaluate_log import claimed, code_fingerprint
+from evaluate_log import answers_path, claimed, code_fingerprint
 from evaluate_questions import CONSTANT_QUERY, OtherQuery, Questions
 from evaluate_report import interval, mark_fronts, pareto_front, score
 from rediprune.configuration_rediprune import PruningConfig
@@ -141,7 +141,7 @@ def test_code_is_what_is_done_in_all_files_of_a_package(monkeypatch, tmp_path):
 
 
 def test_a_second_run_with_the_same_output_is_refused(monkeypatch, tmp_path):
-    with claimed(tmp_path / "a"):
+    with claimed(answers_path(tmp_path / "a")):
         with pytest.raises(SystemExit, match="another run is writing to .*a.answers.jsonl; .* choose another --output"):
             evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
         evaluate(monkeypatch, tmp_path / "b", *SMALL, "--settings", "uniform")
