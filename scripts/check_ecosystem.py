@@ -604,12 +604,12 @@ def main():
             case = Case(folder)
             if args.show:
                 return show(case)
-            write_results(args, case, run_rows(case, args.rows))
+            add_results(args, case, run_rows(case, args.rows))
     except (OSError, ValueError) as error:
         fail(str(error))
 
 
-def write_results(args, case, rows: dict) -> None:
+def add_results(args, case, rows: dict) -> None:
     """Adds the rows to those of this version and method that OUTPUT.json has already."""
     record = read_record(args.output)
     entry = record.setdefault(transformers.__version__, {"rows": {}})

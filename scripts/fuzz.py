@@ -1,15 +1,17 @@
 """Random prompts on small random models, each checked against a plain second implementation.
 
-A case draws a method and its settings, a batch of prompts with images and videos in any order, padding, and what is done with a
-cache. What is checked:
+A case draws a method and its settings, a batch of prompts with images and videos in any order, padding, and what is done
+with a cache. What is checked:
 
 - as many placeholders and kept tokens as the definition says; kept indices in range, ascending and none twice;
 - a row keeps the same tokens alone and in its batch;
-- the logits of every row are those of one plain pass over what was kept, and those of the stock class where nothing is pruned;
-- so are the logits of generated tokens and of whatever follows over a cache: without one, dynamic, static, offloaded, under beams,
-  cropped, in a second turn, copied, with rows selected, repeated or reordered, and reset.
+- the logits of every row are those of one plain pass over what was kept, and those of the stock class where nothing is
+  pruned;
+- so are the logits of generated tokens and of whatever follows over a cache: without one, dynamic, static, offloaded, under
+  beams, cropped, in a second turn, copied, with rows selected, repeated or reordered, and reset.
 
-A case follows from --seed and its number. A failing one is printed with the command that repeats it, and the exit code is 1.
+A case follows from --seed and its number. A failing one is printed with the command that repeats it, and the exit code is
+1.
 
 Examples:
     python scripts/fuzz.py --runs 2000 --seed 0 --output runs/fuzz

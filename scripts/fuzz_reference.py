@@ -1,7 +1,7 @@
 """A plain second way from a prompt and what was kept of its media to logits: one row, no batch, no padding, no cache.
 
-Counts, places and the mask are worked out here from the definitions; of the model only the modules are used (vision features and
-the tokens made of them come from `select_tokens`, which the caller checks).
+Counts, places and the mask are worked out here from the definitions; of the model only the modules are used (vision
+features and the tokens made of them come from `select_tokens`, which the caller checks).
 """
 
 import numpy as np

@@ -1,17 +1,18 @@
 """Puts small faults into a copy of the code, one at a time, and counts which of them the tests notice.
 
-A fault is a swapped comparison, a constant that is off by one, a negated condition, a forgotten argument or statement, + for -,
-max for min, True for False and the like. For each, the tests that matter for its file (`TESTS`) run until one fails. A fault that no
-test notices shows what is not tested, or a line that does nothing. The tree that the faults are drawn from is never touched.
+A fault is a swapped comparison, a constant that is off by one, a negated condition, a forgotten argument or statement,
++ for -, max for min, True for False and the like. For each, the tests that matter for its file (`TESTS`) run until one
+fails. A fault that no test notices shows what is not tested, or a line that does nothing. The tree that the faults are
+drawn from is never touched.
 
-Writes OUTPUT.json and OUTPUT.md. Results are kept as they come (OUTPUT.faults.jsonl): a run that was killed goes on where it
-stopped, and one with a larger --number adds to it.
+Writes OUTPUT.json and OUTPUT.md. Results are kept as they come (OUTPUT.faults.jsonl): a run that was killed goes on where
+it stopped, and one with a larger --number adds to it.
 
 Examples:
     python scripts/mutate.py --output runs/faults --number 100
     python scripts/mutate.py --output runs/faults-selection --files selection_rediprune.py --number 40 --seed 1
-    python scripts/mutate.py --output runs/faults-again --again runs/faults.json   # its survivors, after tests were added
-    python scripts/mutate.py --only selection_rediprune.py:430:1f0c2a              # one fault, and what the tests say to it
+    python scripts/mutate.py --output runs/faults-again --again runs/faults.json  # its survivors
+    python scripts/mutate.py --only selection_rediprune.py:430:1f0c2a  # one fault, in full
 """
 
 import argparse
@@ -37,16 +38,27 @@ from repository import ROOT, at_least_one, environment, fail, output_prefix, wri
 from tqdm import tqdm
 
 METHOD_TESTS = ("test_methods.py", "test_reference.py", "test_methods_in_model.py")
-MODEL_TESTS = ("test_modeling.py", "test_cache.py", "test_generation.py", "test_threads.py", "test_context.py", "test_refusals.py")
-# For each file the tests that are to notice its faults, those first that most likely do. A file that is not named has all tests.
+MODEL_TESTS = (
+    "test_modeling.py",
+    "test_cache.py",
+    "test_generation.py",
+    "test_threads.py",
+    "test_context.py",
+    "test_refusals.py",
+)
+PROCESSOR_TESTS = ("test_processing.py", "test_media.py", "test_videos.py", "test_chat.py", "test_processor_threads.py")
+# For each file the tests that are to notice its faults, likely ones first. A file that is not named has all tests.
 TESTS = {
     "attention_rediprune.py": ("test_modeling.py", "test_cache.py", "test_generation.py"),
     "cache_record_rediprune.py": ("test_cache.py", "test_generation.py", "test_prefill_chunks.py"),
-    "clip_rediprune.py": ("test_evoprune.py", "test_modeling.py", *METHOD_TESTS),
+    "chat_rediprune.py": ("test_chat.py", "test_processing.py", "test_pipelines.py"),
+    "clip_rediprune.py": ("test_evoprune.py", "test_modeling.py", *METHOD_TESTS, "test_threads.py"),
     "configuration_rediprune.py": ("test_configuration.py", "test_loading.py", "test_rediprune_plus.py", "test_joint_space.py"),
-    "geometry_rediprune.py": ("test_processing.py", "test_modeling.py", "test_true_size.py"),
+    "download_rediprune.py": ("test_download.py",),
+    "geometry_rediprune.py": ("test_processing.py", "test_modeling.py", "test_true_size.py", "test_refusals.py"),
     "joint_space_rediprune.py": ("test_joint_space.py", "test_untrusted.py"),
-    "linking_rediprune.py": ("test_loading.py", "test_export.py", "test_untrusted.py", "test_hub.py"),
+    "linking_rediprune.py": ("test_loading.py", "test_linked.py", "test_export.py", "test_untrusted.py", "test_hub.py"),
+    "media_rediprune.py": ("test_media.py", "test_processing.py"),
     "method_base_rediprune.py": METHOD_TESTS,
     "method_cdpruner_rediprune.py": METHOD_TESTS,
     "method_controls_rediprune.py": METHOD_TESTS,
@@ -60,24 +72,29 @@ TESTS = {
     "methods_rediprune.py": METHOD_TESTS,
     "modeling_rediprune_llava.py": (
         *MODEL_TESTS, "test_evoprune.py", "test_methods_in_model.py", "test_rediprune_plus.py", "test_prefill_chunks.py",
-        "test_joint_space.py", "test_words.py", "test_loading.py", "test_export.py", "test_tensor_parallel.py", "test_pipelines.py",
+        "test_joint_space.py", "test_words.py", "test_relevance.py", "test_loading.py", "test_linked.py", "test_export.py",
+        "test_tensor_parallel.py", "test_pipelines.py",
     ),
     "portability_rediprune.py": ("test_processing.py", "test_loading.py", "test_remote_code.py", "test_export.py"),
     "positions_rediprune.py": ("test_modeling.py", "test_cache.py", "test_context.py"),
-    "processing_rediprune.py": ("test_processing.py", "test_joint_space.py", "test_words.py", "test_pipelines.py", "test_refusals.py"),
+    "processing_rediprune.py": (*PROCESSOR_TESTS, "test_joint_space.py", "test_words.py", "test_pipelines.py", "test_refusals.py"),
     "relevance_rediprune.py": ("test_relevance.py", "test_modeling.py", "test_rediprune_plus.py", *METHOD_TESTS),
     "selection_rediprune.py": ("test_selection.py", *METHOD_TESTS, "test_rediprune_plus.py"),
+    "tokenizing_rediprune.py": PROCESSOR_TESTS,
     "untrusted_rediprune.py": ("test_untrusted.py", "test_loading.py"),
-    "video_rediprune.py": ("test_processing.py", "test_pipelines.py"),
+    "video_rediprune.py": ("test_videos.py", "test_processing.py", "test_download.py"),
     "words_rediprune.py": ("test_words.py",),
     "scripts/benchmark.py": ("test_benchmark.py",),
     "scripts/benchmark_tables.py": ("test_benchmark.py",),
-    "scripts/check_variant.py": ("test_export.py", "test_export_files.py"),
+    "scripts/check_variant.py": ("test_check_variant.py", "test_export.py"),
     "scripts/evaluate.py": ("test_evaluate.py",),
     "scripts/evaluate_log.py": ("test_evaluate.py",),
     "scripts/evaluate_questions.py": ("test_evaluate.py",),
     "scripts/evaluate_report.py": ("test_evaluate.py",),
-    "scripts/export.py": ("test_export.py", "test_export_files.py", "test_hub.py"),
+    "scripts/export.py": ("test_export_files.py", "test_export.py", "test_hub.py"),
+    "scripts/export_base.py": ("test_export_files.py", "test_export.py", "test_hub.py"),
+    "scripts/export_folder.py": ("test_export_files.py", "test_export.py"),
+    "scripts/fuzz_cases.py": ("test_fuzz.py",),
     "scripts/mutate_faults.py": ("test_mutate.py",),
     "scripts/relevance_study.py": ("test_relevance_study.py",),
     "scripts/repository.py": ("test_benchmark.py", "test_evaluate.py", "test_tools.py", "test_visualize.py"),
@@ -278,8 +295,8 @@ def markdown(report: dict) -> str:
         f"Python {report['environment']['python']}, torch {report['environment']['torch']}, transformers "
         f"{report['environment']['transformers']}, {report['environment']['date']}.",
         "",
-        f"**{noticed} of {len(results)} noticed ({noticed / len(results):.1%})**, {report['hung']} of them because the tests ran too "
-        f"long. {len(survivors)} survived; some of those may be no faults but other ways to write the same.",
+        f"**{noticed} of {len(results)} noticed ({noticed / len(results):.1%})**, {report['hung']} of them because the tests "
+        f"ran too long. {len(survivors)} survived; some of those may be no faults but other ways to write the same.",
         "",
         *table(["file", "faults", "noticed", "share"], shares(results, "file")),
         "",

@@ -246,8 +246,8 @@ _GATES = threading.Lock()
 @contextmanager
 def wrapped(owner, name: str, wrapper):
     """
-    Inside the block, this thread's calls of the method `owner.name` become `wrapper(method, *args, **kwargs)`. Other threads do not
-    notice, and may do the same at the same time.
+    Inside the block, this thread's calls of the method `owner.name` become `wrapper(method, *args, **kwargs)`. Other threads
+    do not notice, and may do the same at the same time.
     """
     thread = threading.get_ident()
     with _GATES:
@@ -312,8 +312,8 @@ class StageTimer:
     Seconds that a model spends in each stage of the calls that this thread makes inside `with timer:`, or what another `clock`
     counts.
 
-    The stages are `vision encoder` (with its pooling), `selection` (with the query), `projector`, `prefill` (the language model's first
-    pass) and `decode` (its later ones); `passes` counts the latter. Each thread has a timer of its own.
+    The stages are `vision encoder` (with its pooling), `selection` (with the query), `projector`, `prefill` (the language
+    model's first pass) and `decode` (its later ones); `passes` counts the latter. Each thread has a timer of its own.
     """
 
     def __init__(self, model, clock=None):

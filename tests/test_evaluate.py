@@ -267,7 +267,8 @@ def test_tokens_are_selected_for_another_question(loaded):
 def test_a_control_is_what_every_method_selects_for(monkeypatch, tmp_path, method):
     script = importlib.import_module("evaluate")
     texts = [method, f"{method},query=constant"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(tmp_path / "a"), "--settings", *texts, "--pruning", "keep_ratio=1"])
+    arguments = ["--output", str(tmp_path / "a"), "--settings", *texts, "--pruning", "keep_ratio=1"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
     args = script.parse_arguments()
     run, questions = script.Evaluation(args, script.Processes(args)), Questions("video", 1)
     choices = []

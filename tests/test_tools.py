@@ -163,6 +163,17 @@ def test_an_overlay_goes_where_no_folder_was(monkeypatch, tmp_path):
     assert len(list(tmp_path.rglob("*.*"))) == 2  # nothing half written
 
 
+def test_rows_of_the_ecosystem_are_added_to_those_of_earlier_runs(monkeypatch, tmp_path, capsys):
+    for row in ("eager", "bfloat16"):
+        run(monkeypatch, "check_ecosystem", "--output", tmp_path / "new" / "table", "--rows", row)
+    record = json.loads((tmp_path / "new" / "table.json").read_text())[transformers.__version__]
+    assert {name: row["works"] for name, row in record["rows"].items()} == {"eager": True, "bfloat16": True}
+    assert "same answer as plain generation" in (tmp_path / "new" / "table.md").read_text()
+    (tmp_path / "new" / "table.json").write_text("{")
+    with pytest.raises(SystemExit, match="table.json cannot be read .*, and results are added to it; choose another --output"):
+        run(monkeypatch, "check_ecosystem", "--output", tmp_path / "new" / "table")
+
+
 @pytest.mark.parametrize("name", ["kept", "kept.txt", "folder.png"])
 def test_an_overlay_is_a_picture(monkeypatch, no_work, tmp_path, name):
     (tmp_path / "folder.png").mkdir()
