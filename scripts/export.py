@@ -3,7 +3,10 @@
 A variant holds the code, config.json with the pruning block, and the tokenizer and processor files. Its weights are copied
 (--copy), or stay where they are and are named in config.json (--link): then the variant is some hundred kB.
 
-The pruning parameters can be changed later in config.json alone. Nothing is left behind by a run that fails.
+The pruning parameters can be changed later in config.json alone. Of the base nothing is taken over but its configuration,
+its tokenizer and processor files and its safetensors weights: no code, and no file that lies elsewhere. Nothing is left
+behind by a run that fails or is stopped (Ctrl-C, SIGTERM). What a killed one leaves the next one removes, and puts back an
+old variant that --force was about to replace.
 
 Examples:
     python scripts/export.py llava-hf/LLaVA-NeXT-Video-7B-hf --keep-ratio 0.15 --output my-variant

@@ -56,7 +56,8 @@ def fetch_base(base: str, revision=None) -> tuple:
 def download(base: str, revision, names: list) -> Path:
     """The folder of the Hub's cache that holds these files of a repository, those that it has."""
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=[glob.escape(name) for name in names]))
+        folder = snapshot_download(base, revision=revision, allow_patterns=[glob.escape(name) for name in names])
+        return Path(folder).resolve()
     except GatedRepoError as error:
         raise ExportError(f"{base} is gated: accept its terms on its page, then log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:

@@ -150,20 +150,39 @@ def test_a_base_in_the_cache_of_the_hub(base, tmp_path):
         assert "leads out of the checkpoint" in refused(snapshot, "--output", tmp_path / "again")
 
 
+def export_from(hub, folder, *arguments):
+    """The command line with a Hub, in a folder, where the cache is, too."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": "home"}
+    command = [sys.executable, ROOT / "scripts" / "export.py", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_a_base_on_the_hub_whose_index_names_paths(base, tmp_path):
     """Whether its weights are copied, linked or only listed; nothing is downloaded for it."""
-    folder = sharded(base, tmp_path / "base", ["../mine.safetensors"])
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     with Hub() as hub:
-        hub.add_repository("me/base", files)
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+        hub.add_repository("me/base", files_of(sharded(base, tmp_path / "base", ["../mine.safetensors"])))
         for mode in (["--copy"], ["--link", "--no-check"], ["--copy", "--dry-run"]):
-            command = [sys.executable, ROOT / "scripts" / "export.py", "me/base", *mode, "--output", tmp_path / "out"]
-            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            result = export_from(hub, tmp_path, "me/base", *mode, "--output", "variant")
             assert result.returncode == 1 and PLAIN in result.stderr and "Traceback" not in result.stderr, result.stderr
         assert not any(path.endswith(".safetensors") for _, path in hub.requests)
     assert leftovers(tmp_path) == ["base", "home"]
+
+
+def test_shards_on_the_hub(base, tmp_path):
+    """Those of the index are copied, and no other file is downloaded."""
+    others = {"unused.safetensors": b"", "pytorch_model.bin": b"", "custom_generate/generate.py": b"", "evil.py": b""}
+    with Hub() as hub:
+        hub.add_repository("me/base", {**files_of(sharded(base, tmp_path / "base")), **others})
+        result = export_from(hub, tmp_path, "me/base", "--output", "variant", "--no-check")
+        assert result.returncode == 0, result.stderr
+        asked = {path for _, path in hub.requests if "/resolve/" in path}
+    assert all(contents(tmp_path / "variant")[name] == contents(tmp_path / "base")[name] for name in [*SHARDS, INDEX])
+    assert not any(path.endswith(name) for path in asked for name in others)
 
 
 def test_the_check_reads_a_base_in_the_same_way(base, tmp_path):
@@ -397,6 +416,10 @@ def test_killed_at_any_step(tmp_path, before):
             shutil.rmtree(copy)
         assert state_of(copy / "variant") in {before, "new"} and set(leftovers(copy)) <= {"variant"}
         shutil.rmtree(copy)
+        if state_of(folder / "variant") == "new":  # removed by the user, whose old variant may be gone in part
+            shutil.rmtree(folder / "variant")
+            export_folder.tidy(folder)
+            assert state_of(folder / "variant") in {before, None}
         if done:
             break
     assert done and step >= 8 and seen == {before, "new"}
