@@ -262,6 +262,7 @@ def test_the_work_is_done_on_the_disk_of_the_output(base, tmp_path, monkeypatch)
 
 STOPPED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a shell ignores
 sys.path[:0] = [{scripts!r}]
 import export
 class Bar(export.tqdm):
