@@ -1,11 +1,15 @@
 """One processor in several threads: each call is what it would be alone, whatever the others ask for."""
 
+import os
+import signal
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+from rediprune import tokenizing_rediprune
 from rediprune.joint_space_rediprune import load_tokenizer, question_segments
 from tiny import random_image, random_video, tiny_processor, write_video
 
@@ -103,3 +107,23 @@ def test_questions_for_a_text_tower(text_tower):
     for _ in range(20):
         load_tokenizer(text_tower)._tokenizer.no_truncation()  # as it is before the first call
         assert in_threads(calls, 1, alone) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_while_another_thread_tokenizes(processor):
+    """As the workers of a data loader are: nobody is left in them to give the lock back."""
+    with tokenizing_rediprune._LOCK:
+        child = os.fork()
+        if child == 0:
+            processor(text="where is the star ?")
+            os._exit(0)
+    for _ in range(200):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for a lock that nobody holds")
+    assert status == 0
