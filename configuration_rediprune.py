@@ -9,7 +9,7 @@ from transformers import LlavaNextVideoConfig
 from .methods_rediprune import METHODS
 from .portability_rediprune import code_in_place
 from .relevance_rediprune import RELEVANCES
-from .selection_rediprune import CANDIDATE_POOLS, QUERY_WEIGHTINGS
+from .selection_rediprune import CANDIDATE_POOLS, LARGEST_WEIGHT, QUERY_WEIGHTINGS
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from .method_trim_rediprune import Trim  # noqa: F401
     from .method_visionzip_rediprune import VisionZip  # noqa: F401
 
-# The largest weight of relevance or time beside a distance of at most 2: far from what an fp32 score can hold, and from
-# where rounding leaves nothing of the distance.
-LARGEST_WEIGHT = 10**6
 LINK_KEYS = ("weights_from", "weights_revision")
 SCOPES = ("frame", "video", "medium")
 BASE_MODEL_TYPE = LlavaNextVideoConfig.model_type

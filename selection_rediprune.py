@@ -25,6 +25,9 @@ TIE_TOLERANCE = 1e-6
 # Gains fall with the number of tokens and from pick to pick, so there a tie is this share of the largest one: what fp32 input
 # does not tell apart. They are computed in fp64, whose rounding error is far below it.
 RELATIVE_TIE = 1e-7
+# The largest weight of relevance or time beside a distance of at most 2: far from what an fp32 score can hold, and from
+# where rounding leaves nothing of the distance.
+LARGEST_WEIGHT = 10**6
 CACHE_BYTES = 10 * 2**20
 # What the two ways to compare tokens cost on a CPU, in nanoseconds of one thread of an AMD EPYC (`scripts/selection_cost.py`;
 # their ratios alone matter). One row of similarities: for each token so much, and for each of its features, from the cache or
@@ -194,8 +197,9 @@ def select_rediprune(
             f"{tuple(relevance.shape)} {'with' if query is not None else 'without'} a query"
         )
     _check_counts(num_tokens, num_kept)
-    if not isinstance(alpha, Real) or not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, got {alpha!r}")
+    for name, weight in (("alpha", alpha), ("time_weight", time_weight)):
+        if not isinstance(weight, Real) or not -LARGEST_WEIGHT <= weight <= LARGEST_WEIGHT:
+            raise ValueError(f"{name} must be a number in [{-LARGEST_WEIGHT}, {LARGEST_WEIGHT}], got {weight!r}")
     if not isinstance(threshold, Real) or not -1 <= threshold <= 1:
         raise ValueError(f"threshold must be a number in [-1, 1], got {threshold!r}")
     if candidate_pool not in CANDIDATE_POOLS:
@@ -240,7 +244,6 @@ def _select_group(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kept indices (N, k) of sets that are worked on together, and (N,) bool which of them hold invalid values."""
     features = features.float()
-    num_tokens = features.shape[1]
     inverse_norm = _inverse_norm(features)
     invalid = ~(inverse_norm > 0).all(1)  # 1 / inf is 0, and NaN is not larger than anything
     has_relevance = query is not None or relevance is not None

@@ -16,7 +16,15 @@ from unittest import mock
 import torch
 from benchmark_tables import heading, milliseconds, spread, table
 from encoder_cost import time_in_turns
-from repository import at_least_one, code_module, environment, keep_ratio, output_prefix, use_device, write_whole
+from repository import (
+    at_least_one,
+    code_module,
+    environment,
+    keep_ratio,
+    output_prefix,
+    use_device,
+    write_whole,
+)
 from tqdm import tqdm
 
 # Tokens of a set x features: frames of the embedded checkpoint, and of the 7B models before and after the projector; then

@@ -548,6 +548,8 @@ def test_nonfinite_values_are_named(video, value, pool):
     ({"query": torch.ones(3)}, r"\(2, 3\), got \(3,\)"),
     ({"query": torch.ones(1, 3)}, r"\(2, 3\), got \(1, 3\)"),
     ({"alpha": math.nan}, "alpha .*nan"),
+    ({"alpha": 1e39}, r"alpha .*\[-1000000, 1000000\].*1e\+39"),
+    ({"times": torch.ones(2, 5), "time_weight": 1e39}, "time_weight .*1e\\+39"),
     ({"threshold": 1.5, "candidate_pool": "released"}, r"threshold .*\[-1, 1\].*1.5"),
     ({"threshold": 0.1}, "threshold 0.1 needs candidate_pool"),
     ({"candidate_pool": "some"}, "candidate_pool .*algorithm1.*'some'"),
