@@ -332,7 +332,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         self._check_context(inputs_embeds if input_ids is None else input_ids, past_key_values)
         if pixel_values is None and pixel_values_videos is None:
             self._refuse_empty_placeholders(prompt, past_key_values, query_mask, kwargs)
-            return ReDiPruneCausalLMOutputWithPast(**self._run(prompt, attention_mask, position_ids, stock))
+            return ReDiPruneCausalLMOutputWithPast(**self._stock_forward(prompt, attention_mask, position_ids, stock))
 
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         self._check_media(pixels, image_sizes)
@@ -345,7 +345,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         }
         if not pruning.prunes and pruning.pooling == "before":
             prompt |= {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos, "image_sizes": image_sizes}
-            outputs = self._run({**prompt, **tower}, attention_mask, position_ids, stock)
+            outputs = self._stock_forward({**prompt, **tower}, attention_mask, position_ids, stock)
             return ReDiPruneCausalLMOutputWithPast(**outputs)
 
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -366,14 +366,14 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         if pruning.prunes and pruning.resolved("proportional_attention"):
             sizes = self._token_sizes(media, masks)
             record = TokenRecord(sizes, torch.zeros_like(sizes) if record is None else record.skipped)
-        outputs = self._run({"inputs_embeds": embeds}, attention_mask, position_ids, stock, record, moved)
+        outputs = self._stock_forward({"inputs_embeds": embeds}, attention_mask, position_ids, stock, record, moved)
         return ReDiPruneCausalLMOutputWithPast(
             **outputs,
             image_kept_indices=tuple(tuple(medium.kept) for medium in media if medium.kind == "image") or None,
             video_kept_indices=tuple(medium.kept[0] for medium in media if medium.kind == "video") or None,
         )
 
-    def _run(self, prompt, attention_mask, position_ids, stock, record=None, moved=None):
+    def _stock_forward(self, prompt, attention_mask, position_ids, stock, record=None, moved=None):
         """
         The stock forward pass, at the positions and with the token sizes that are recorded in the cache and in `record`.
 
