@@ -20,7 +20,7 @@ sys.modules["rediprune"] = package
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
-from tiny import make_inputs, save_clip, tiny_config, tiny_model, tiny_processor  # noqa: E402
+from tiny import make_inputs, save_clip, save_stock_checkpoint, tiny_config, tiny_model, tiny_processor  # noqa: E402
 
 __all__ = ["make_inputs"]
 
@@ -38,6 +38,12 @@ def processor():
 def text_tower(tmp_path_factory):
     """Folder of a CLIP checkpoint whose vision tower is as wide as the models'."""
     return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Folder of a stock checkpoint, to read."""
+    return save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "base")
 
 
 @pytest.fixture

@@ -166,12 +166,14 @@ def test_rows_of_a_cache(model, processor, change, static):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("static", [False, True])
+KEEPS_ITS_LENGTH = pytest.mark.skipif(not IS_5, reason="a dynamic cache of 4.57 is as long as before, of zeros")
+
+
+@pytest.mark.parametrize("static", [pytest.param(False, marks=KEEPS_ITS_LENGTH), True])
 def test_reset(model, processor, static):
     cache = filled(model, one_prompt(processor), static)
     cache.reset()
-    if cache.get_seq_length():
-        pytest.skip("a dynamic cache of this transformers keeps its length")
+    assert cache.get_seq_length() == 0
     other = one_prompt(processor, 1)
     expected = model(**other).logits
     torch.testing.assert_close(model(**other, past_key_values=cache).logits, expected, **CLOSE)

@@ -14,11 +14,6 @@ from tiny import save_stock_checkpoint
 NAME = "multi_modal_projector.linear_2.bias"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "base")
-
-
 def changed(base, folder, value):
     """The base with another value in one of its weights."""
     save_stock_checkpoint(folder)

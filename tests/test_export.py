@@ -12,17 +12,12 @@ import pytest
 import torch
 from exporting import broken, leftovers, refused, run
 from rediprune.methods_rediprune import METHODS
-from tiny import POOLED, random_image, random_video, save_clip, save_stock_checkpoint
+from tiny import POOLED, random_image, random_video, save_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("configuration_rediprune.py", "modeling_rediprune_llava.py", "processing_rediprune.py")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "base")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -15,17 +15,11 @@ import export_folder
 import pytest
 from exporting import broken, contents, leftovers, refused, run
 from hub_server import Hub
-from tiny import save_stock_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 PLAIN = "only plain names"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "base")
 
 
 @pytest.fixture(scope="module")

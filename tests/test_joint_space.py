@@ -16,7 +16,7 @@ from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditi
 from rediprune.processing_rediprune import ReDiPruneProcessor
 from rediprune.relevance_rediprune import clip_relevance
 from safetensors.torch import load_file
-from tiny import WORDS, random_image, random_video, save_clip, tiny_config, tiny_model, tiny_processor
+from tiny import WORDS, random_image, random_video, save_clip, shown, tiny_config, tiny_model, tiny_processor
 from transformers import AutoTokenizer, CLIPModel
 
 TESTS = Path(__file__).resolve().parent
@@ -39,15 +39,6 @@ def ask(processor, *questions, kind="video"):
     media = [random_video(1), random_video(2)] if kind == "video" else [random_image(1), random_image(2, (30, 90))]
     text = [f"USER : <{kind}> {question}" for question in questions]
     return processor(text=text, padding=True, **{f"{kind}s": media[: len(questions)]})
-
-
-def shown(model, inputs):
-    """What the method is shown, one `VisualTokens` for each size of sets."""
-    seen, original = [], model._visual_tokens
-    model._visual_tokens = lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1]
-    model.select_tokens(**inputs)
-    del model._visual_tokens
-    return seen
 
 
 def text_vectors(text_tower, question):

@@ -8,16 +8,11 @@ import torch
 from exporting import run
 from rediprune.linking_rediprune import checksum_weights, same_weights
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
-from tiny import random_video, save_stock_checkpoint, tiny_processor
+from tiny import random_video, tiny_processor
 from transformers import GenerationConfig
 
 NAMES = ("model.image_newline", "model.multi_modal_projector.linear_1.weight", "lm_head.weight",
          "model.vision_tower.vision_model.embeddings.position_embedding.weight")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_stock_checkpoint(tmp_path_factory.mktemp("stock") / "base")
 
 
 @pytest.fixture(scope="module")

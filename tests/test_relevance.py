@@ -13,7 +13,7 @@ from rediprune.relevance_rediprune import (
     word_rows,
 )
 from rediprune.selection_rediprune import build_query, group_means, group_sizes, nearest_kept
-from tiny import WORDS, random_image, random_video, tiny_model, tiny_processor
+from tiny import WORDS, random_image, random_video, shown, tiny_model, tiny_processor
 
 
 def test_the_largest_of_all_words_counts():
@@ -81,15 +81,6 @@ def test_segments_of_padding_do_not_count(text_tower):
     assert together[1].norm() < 0.999  # a mean of unit vectors
     segments = [space.place_questions(ids[1:, number, None], mask[1:, number, None])[0] for number in range(3)]
     torch.testing.assert_close(together[1], torch.stack(segments).mean(0))
-
-
-def shown(model, inputs):
-    """What the method was shown, call by call."""
-    seen, original = [], model._visual_tokens
-    model._visual_tokens = lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1]
-    model.select_tokens(**inputs)
-    del model._visual_tokens
-    return seen
 
 
 def test_merging_is_in_fp32():

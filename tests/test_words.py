@@ -7,7 +7,7 @@ import pytest
 import torch
 from rediprune.relevance_rediprune import word_rows
 from rediprune.words_rediprune import content_words
-from tiny import random_image, random_video, tiny_model, tiny_processor
+from tiny import random_image, random_video, shown, tiny_model, tiny_processor
 
 MMTOK = {"method": "mmtok", "keep_ratio": 0.25}
 
@@ -70,15 +70,6 @@ def test_ids_are_there_where_they_are_needed():
     assert not given(words="all") and not given(relevance="attention") and not given(query_weighting="none")
     assert not given(keep_ratio=1.0) and not given({**video, "keep_ratio": 1.0}) and not given(method="rediprune")
     assert not given({"text": "what ?"}) and not given({"videos": random_video()})
-
-
-def shown(model, inputs):
-    """What the method was shown."""
-    seen, original = [], model._visual_tokens
-    model._visual_tokens = lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1]
-    model.select_tokens(**inputs)
-    del model._visual_tokens
-    return seen
 
 
 def test_the_method_covers_them_alone():

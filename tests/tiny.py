@@ -242,3 +242,12 @@ def grey_video(frames, size=(48, 64)):
 def make_inputs(processor, text, **media):
     media.setdefault("padding", isinstance(text, list))
     return processor(text=text, **media)
+
+
+def shown(model, inputs):
+    """What the method is shown, one `VisualTokens` for each size of sets."""
+    seen, original = [], model._visual_tokens
+    model._visual_tokens = lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1]
+    model.select_tokens(**inputs)
+    del model._visual_tokens
+    return seen
