@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .cache_record_rediprune import cached_tokens
 
 
-def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, past_key_values=None, cache_position=None):
+def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, cache=None, cache_position=None):
     """
     The mask of an attention whose logits get a bias for each column.
 
@@ -23,7 +23,7 @@ def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, past_k
             additive, or a dictionary of those.
         bias: (B, n) fp32, log s of the first n tokens of the text; of all others it is 0.
         tokens: (B, T, H) the embeddings of this pass.
-        past_key_values: the cache, if there is one.
+        cache: the cache, if there is one.
         cache_position: (T,) places of this pass among the tokens of the text, where they are known.
 
     Returns:
@@ -31,9 +31,9 @@ def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, past_k
         text, or all of a static cache.
     """
     if isinstance(attention_mask, dict):
-        return {kind: biased_mask(mask, bias, tokens, past_key_values, cache_position) for kind, mask in attention_mask.items()}
+        return {kind: biased_mask(mask, bias, tokens, cache, cache_position) for kind, mask in attention_mask.items()}
     if attention_mask is None or attention_mask.dim() == 2:
-        attention_mask = _causal_mask(attention_mask, tokens, past_key_values, cache_position)
+        attention_mask = _causal_mask(attention_mask, tokens, cache, cache_position)
     least = torch.finfo(tokens.dtype).min
     if attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=tokens.dtype).masked_fill(~attention_mask, least)
@@ -41,11 +41,11 @@ def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, past_k
     return (attention_mask + columns[:, None, None]).clamp_min(least)
 
 
-def _causal_mask(padding: Optional[torch.Tensor], tokens: torch.Tensor, past_key_values, cache_position) -> torch.Tensor:
+def _causal_mask(padding: Optional[torch.Tensor], tokens: torch.Tensor, cache, cache_position) -> torch.Tensor:
     """(B, 1, T, K) bool: what each token sees."""
-    num_cached = cached_tokens(past_key_values, cache_position)
+    num_cached = cached_tokens(cache, cache_position)
     total = num_cached + tokens.shape[1]
-    layers = getattr(past_key_values, "layers", None)
+    layers = getattr(cache, "layers", None)
     length = max(total, getattr(layers[0], "max_cache_len", 0) if layers else 0)
     places = torch.arange(length, device=tokens.device)
     visible = (places <= places[num_cached:total, None])[None, None]

@@ -4,11 +4,16 @@ Both are kept token by token and row by row in one more layer of the cache itsel
 is done to a cache (crop, select, repeat, reorder, reset, copy, offload) is done to them, too.
 """
 
+from dataclasses import fields
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# transformers 5.24 gave the cache a shorter name, in arguments and outputs alike.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 class TokenRecord(NamedTuple):
@@ -24,6 +29,16 @@ class TokenRecord(NamedTuple):
 
     sizes: Optional[torch.Tensor]
     skipped: torch.Tensor
+
+
+def one_cache(past_key_values, cache):
+    """The cache of a call, which may give it by either name. Raises ValueError where two different ones were given."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError(
+            "two different caches were passed, one as past_key_values and one as cache; they are two names of one argument, so "
+            "pass one."
+        )
+    return past_key_values if cache is None else cache
 
 
 def cached_tokens(cache, cache_position=None) -> int:
@@ -50,7 +65,10 @@ def read_record(cache, num_layers: int) -> Optional[TokenRecord]:
     if len(layers) <= num_layers or not layers[num_layers].is_initialized:
         return None
     layer = layers[num_layers]
-    return TokenRecord(layer.keys[:, 0, :, 0] if layer.has_sizes else None, layer.values[:, 0, :, 0])
+    sizes, skipped = layer.keys[:, 0, :, 0], layer.values[:, 0, :, 0]
+    # A static layer is longer than what it holds, and keeps what a crop has taken back until it is written over.
+    is_held = torch.arange(sizes.shape[1], device=sizes.device) < layer.get_seq_length()
+    return TokenRecord(sizes * is_held if layer.has_sizes else None, skipped * is_held)
 
 
 def write_record(cache, num_layers: int, record: TokenRecord, num_cached: int) -> None:

@@ -21,7 +21,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .attention_rediprune import biased_mask
-from .cache_record_rediprune import TokenRecord, cached_tokens, read_record, write_record
+from .cache_record_rediprune import CACHE_NAME, TokenRecord, cached_tokens, one_cache, read_record, write_record
 from .clip_rediprune import encode_and_merge, read_attention, run_tower
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
 from .geometry_rediprune import (
@@ -290,6 +290,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         attention_mask: Optional[torch.Tensor] = None,
         position_ids: Optional[torch.LongTensor] = None,
         past_key_values=None,
+        cache=None,
         inputs_embeds: Optional[torch.FloatTensor] = None,
         vision_feature_layer=None,
         vision_feature_select_strategy: Optional[str] = None,
@@ -313,6 +314,8 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
                 reads it, and `clip_attention_mask` with 0 for its padding, as the processor returned them.
             word_input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): the content words of the question, -1
                 where a row has fewer, as the processor returned them.
+            past_key_values: the cache, as it is called before transformers 5.24; `cache` is the same argument by its new name.
+                Both work with every version.
             position_ids: positions in the pruned prompt; `positions="original"` adds the gaps to them.
 
         Returns:
@@ -327,17 +330,18 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         # The signature names `logits_to_keep`, so that `generate` asks for the last token's logits alone, and leaves out
         # `mm_encoder_outputs`: with it, `generate` of 5.x would project all tokens before they can be pruned here.
         pruning = self._pruning_of_call(keep_ratio)
+        cache = one_cache(past_key_values, cache)
         prompt = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        stock = {"past_key_values": past_key_values, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
-        self._check_context(inputs_embeds if input_ids is None else input_ids, past_key_values)
+        stock = {CACHE_NAME: cache, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
+        self._check_context(inputs_embeds if input_ids is None else input_ids, cache)
         if pixel_values is None and pixel_values_videos is None:
-            self._refuse_empty_placeholders(prompt, past_key_values, query_mask, kwargs)
+            self._refuse_empty_placeholders(prompt, cache, query_mask, kwargs)
             return ReDiPruneCausalLMOutputWithPast(**self._stock_forward(prompt, attention_mask, position_ids, stock))
 
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         self._check_media(pixels, image_sizes)
         masks = self._placeholder_masks(**prompt)
-        _check_masks(masks["image"].shape, past_key_values, attention_mask, query_mask)
+        _check_masks(masks["image"].shape, cache, attention_mask, query_mask)
         media = self._place_media(pixels, image_sizes, masks, pruning)
         tower = {
             "vision_feature_layer": vision_feature_layer,
@@ -383,7 +387,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             record: the `TokenRecord` of the prompt; `None` = nothing was skipped in it, and each token stands for itself.
             moved: (B, T), how far gaps in the prompt itself move each of its tokens.
         """
-        cache, num_layers, places = stock["past_key_values"], self.config.text_config.num_hidden_layers, stock.get("cache_position")
+        cache, num_layers, places = stock[CACHE_NAME], self.config.text_config.num_hidden_layers, stock.get("cache_position")
         tokens = prompt["inputs_embeds"] if prompt.get("input_ids") is None else prompt["input_ids"]
         cached = read_record(cache, num_layers)
         num_cached = 0 if record is None else cached_tokens(cache, places)
@@ -403,7 +407,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         outputs = super().forward(
             **prompt, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **stock
         )
-        cache = outputs.past_key_values if cache is None else cache
+        cache = outputs.get(CACHE_NAME) if cache is None else cache
         if cache is not None and (cached is not None or record is not None):
             if record is None:
                 record = TokenRecord(None, torch.zeros(tokens.shape[:2], device=tokens.device))
@@ -447,19 +451,21 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         self,
         input_ids,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         pixel_values=None,
         pixel_values_videos=None,
         image_sizes=None,
         **kwargs,
     ):
+        cache = one_cache(past_key_values, cache)
         media_inputs = {
             "pixel_values": pixel_values,
             "pixel_values_videos": pixel_values_videos,
             "image_sizes": image_sizes,
         }
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **media_inputs, **kwargs
+            input_ids, **{CACHE_NAME: cache}, inputs_embeds=inputs_embeds, **media_inputs, **kwargs
         )
         new_tokens = {key: model_inputs.get(key) for key in ("input_ids", "inputs_embeds")}
         query_mask = kwargs.get("query_mask")
@@ -468,7 +474,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             appended = max(0, input_ids.shape[1] - query_mask.shape[1])
             num_tokens = next(tokens.shape[1] for tokens in new_tokens.values() if tokens is not None)
             model_inputs["query_mask"] = F.pad(query_mask, (0, appended))[:, -num_tokens:]
-        if cached_tokens(past_key_values):
+        if cached_tokens(cache):
             # The first pass over a reused cache takes the media of the new tokens, a decoding step takes none.
             masks = self._placeholder_masks(**new_tokens).values()
             has_media = any(mask.shape[1] > 1 and mask.any() for mask in masks)
@@ -491,7 +497,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
     def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
         # Of 4.57, which can neither encode media before the prefill nor go on from a cache in chunks.
         size = generation_config.prefill_chunk_size
-        if cached_tokens(model_kwargs.get("past_key_values")):
+        if cached_tokens(model_kwargs.get(CACHE_NAME)):
             raise ValueError(
                 f"prefill_chunk_size={size} cannot go on from a cache with this version of transformers; pass "
                 "prefill_chunk_size=None, or install transformers 5."
@@ -521,7 +527,7 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         # stock class of 4.57, the media of a row that has several would change places.
         embeds = kwargs.get("inputs_embeds")
         masks = self._placeholder_masks(input_ids if embeds is None else None, embeds)
-        cached = cached_tokens(kwargs.get("past_key_values"))
+        cached = cached_tokens(kwargs.get(CACHE_NAME))
         pixels = {"image": pixel_values, "video": pixel_values_videos}
         pruning = self._pruning_of_call(kwargs.get("keep_ratio"))
         media = self._place_media(pixels, image_sizes, masks, pruning, cached)
@@ -574,11 +580,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
         return int(text.max_position_embeddings * (rope.get("factor") or 1))
 
-    def _check_context(self, tokens, past_key_values) -> None:
+    def _check_context(self, tokens, cache) -> None:
         """Refuses a prompt that is longer than what the language model was made for; single steps of decoding may go on."""
         if tokens.shape[1] == 1:
             return
-        length = cached_tokens(past_key_values) + tokens.shape[1]
+        length = cached_tokens(cache) + tokens.shape[1]
         if length > self._context():
             raise ValueError(
                 f"the prompt has {length} tokens, but the language model takes at most {self._context()}; shorten the question, "
@@ -614,11 +620,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             for kind, token_id in token_ids.items()
         }
 
-    def _refuse_empty_placeholders(self, prompt, past_key_values, query_mask, kwargs) -> None:
+    def _refuse_empty_placeholders(self, prompt, cache, query_mask, kwargs) -> None:
         """Refuses placeholders of a prompt without media. Those that the model itself has generated are tokens like others."""
         tokens = prompt["inputs_embeds"] if prompt["input_ids"] is None else prompt["input_ids"]
         from_generate = query_mask is not None  # which has compared placeholders and media already
-        if tokens.shape[1] == 1 or from_generate or kwargs.get("mm_encoder_outputs") or cached_tokens(past_key_values):
+        if tokens.shape[1] == 1 or from_generate or kwargs.get("mm_encoder_outputs") or cached_tokens(cache):
             return
         nothing = {"image": None, "video": None}
         self._place_media(nothing, None, self._placeholder_masks(**prompt), self.config.pruning)
@@ -1025,10 +1031,10 @@ def _one_ratio(keep_ratio) -> Optional[float]:
     return None if keep_ratio is None else float(keep_ratio)
 
 
-def _check_masks(shape, past_key_values, attention_mask, query_mask=None) -> None:
+def _check_masks(shape, cache, attention_mask, query_mask=None) -> None:
     """Refuses masks that do not cover the tokens of the prompt, whose ids have the given shape (B, T), and of the cache."""
     batch, number = shape
-    total = cached_tokens(past_key_values) + number
+    total = cached_tokens(cache) + number
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and attention_mask.shape != (batch, total):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but must be {(batch, total)}: one entry for each token of "
@@ -1104,11 +1110,11 @@ def _all_sizes(cached, record, num_cached) -> Optional[torch.Tensor]:
     return torch.cat([old, new], dim=1)
 
 
-def _default_positions(position_ids, tokens, past_key_values) -> torch.LongTensor:
+def _default_positions(position_ids, tokens, cache) -> torch.LongTensor:
     """`position_ids`, or those that the stock model would use for `tokens` (B, T, ...), (1 or B, T)."""
     if position_ids is not None:
         return position_ids
-    past = cached_tokens(past_key_values)
+    past = cached_tokens(cache)
     return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
 
 

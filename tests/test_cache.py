@@ -8,7 +8,7 @@ import transformers
 from rediprune.cache_record_rediprune import read_record
 from tiny import random_image, random_video, tiny_model, tiny_processor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
 # The text decides nothing, so that another question keeps the same tokens and one pass over everything can be the reference.
@@ -146,6 +146,32 @@ def test_going_on(model, processor, static, how):
     else:
         found = going_on(model, cache, ids.expand(3, -1), mask)
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.skipif(not hasattr(StaticLayer, "crop"), reason="static caches can be cropped from transformers 5.24 on")
+def test_a_cropped_static_cache(model, processor):
+    """It leaves what it has taken back where it was, and the record with it; and it stays at its place in memory."""
+    inputs = one_prompt(processor)
+    cache = filled(model, inputs, static=True)
+    cache.crop(3 - cache.get_seq_length())  # <s> red left
+    other = processor(text="red left <video> how many", videos=[random_video(7)])
+    expected = model(**other).logits[:, 3:]
+    rest = {**other, "input_ids": other["input_ids"][:, 3:]}
+    torch.testing.assert_close(model(**rest, past_key_values=cache).logits, expected, **CLOSE)
+
+
+def test_the_cache_by_either_name(model, processor):
+    """transformers 5.24 calls it `cache`, and those before it `past_key_values`."""
+    inputs, ids = one_prompt(processor), words(processor, "how many star")
+    logits = []
+    for name in ("past_key_values", "cache"):
+        cache = new_cache(model)
+        assert model(**inputs, **{name: cache}).past_key_values is cache
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1)
+        logits.append(model(input_ids=ids, attention_mask=mask, **{name: cache}).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="two different caches"):
+        model(input_ids=ids, cache=cache, past_key_values=new_cache(model))
 
 
 ROWS = {
