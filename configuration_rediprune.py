@@ -1,29 +1,28 @@
 """Configuration: what can be set, checked when it is set."""
 
-import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from transformers import LlavaNextVideoConfig
 
-from .methods_rediprune import METHODS
-from .portability_rediprune import code_in_place
-from .relevance_rediprune import RELEVANCES
-from .selection_rediprune import CANDIDATE_POOLS, LARGEST_WEIGHT, QUERY_WEIGHTINGS
+from .hub_files import code_in_place
+from .hub_untrusted import names_folder, resolve_folder
+from .methods_registry import METHODS
+from .ops_query import QUERY_WEIGHTINGS
+from .ops_relevance import RELEVANCES
+from .ops_selection import CANDIDATE_POOLS, LARGEST_WEIGHT
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
     # names itself, so each of the three that `auto_map` names lists all that it rests on.
-    from .method_base_rediprune import Method  # noqa: F401
-    from .method_cdpruner_rediprune import CDPruner  # noqa: F401
-    from .method_controls_rediprune import Random  # noqa: F401
-    from .method_coverage_rediprune import Scope  # noqa: F401
-    from .method_divprune_rediprune import DivPrune  # noqa: F401
-    from .method_evoprune_rediprune import EvoPrune  # noqa: F401
-    from .method_prumerge_rediprune import PruMerge  # noqa: F401
-    from .method_rediprune import ReDiPrune  # noqa: F401
-    from .method_trim_rediprune import Trim  # noqa: F401
-    from .method_visionzip_rediprune import VisionZip  # noqa: F401
+    from .methods_attention import CONTEXTUAL_SHARE  # noqa: F401
+    from .methods_base import VisualTokens  # noqa: F401
+    from .methods_baselines import Random  # noqa: F401
+    from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
+    from .methods_distance import ReDiPrune  # noqa: F401
+    from .methods_encoder import EvoPrune  # noqa: F401
+    from .methods_relevance import SPENT  # noqa: F401
+    from .ops_tokens import MIN_NORM  # noqa: F401
 
 LINK_KEYS = ("weights_from", "weights_revision")
 SCOPES = ("frame", "video", "medium")
@@ -38,31 +37,6 @@ AUTO_MAP = {
     "AutoModelForVision2Seq": MODEL_CLASS,
     "AutoProcessor": "processing_rediprune.ReDiPruneProcessor",
 }
-
-
-def names_folder(place: str) -> bool:
-    """Whether `place` is a folder (absolute, or beginning with `.` or `~`) and not a Hub id."""
-    return place.startswith((".", "~")) or os.path.isabs(place)
-
-
-def resolve_folder(key: str, place: str, variant) -> str:
-    """
-    `place`, the value of a key of `config.json`, with a relative folder resolved against the variant's own.
-
-    Raises:
-        OSError: it is relative to a variant that is on the Hub.
-    """
-    if not names_folder(place):
-        return place
-    folder = os.path.expanduser(place)
-    if not os.path.isabs(folder):
-        if not os.path.isdir(variant):
-            raise OSError(
-                f"{key}={place!r} is a folder relative to the variant, but the variant {str(variant)!r} is not a local folder; "
-                f"set {key} in its config.json to a Hub id."
-            )
-        folder = os.path.join(variant, folder)
-    return os.path.abspath(folder)
 
 
 def _resolve_tower(block, variant):
@@ -99,7 +73,9 @@ def _is_positive(value) -> bool:
     return _is_whole(value) and value > 0
 
 
-def _setting(default, accepts: Callable[[Any], bool], expected: str, convert: Callable[[Any], Any] = lambda value: value):
+def _setting(
+    default, accepts: Callable[[Any], bool], expected: str, convert: Callable[[Any], Any] = lambda value: value
+):
     """A key of the block; `None` is accepted, too, where it is the default: then the method decides."""
     return field(default=default, metadata={"accepts": accepts, "expected": expected, "convert": convert})
 
@@ -131,7 +107,7 @@ class PruningConfig:
     numbers that they hold, and numbers that need not be whole are kept as `float`.
 
     Args:
-        method (`str`, defaults to `"rediprune"`): which tokens stay; a key of `METHODS` in `methods_rediprune.py`.
+        method (`str`, defaults to `"rediprune"`): which tokens stay; a key of `METHODS` in `methods_registry.py`.
         keep_ratio (`float`, defaults to 0.15): share of the visual tokens that stay, in (0, 1]. A set of `n` tokens
             keeps `count_kept(n, keep_ratio)`; 1 is the stock model.
         scope (`str`, *optional*): what shares a budget. `"frame"` = each frame and each image view by itself; `"video"` =
@@ -281,7 +257,9 @@ class PruningConfig:
         if value is None:
             return cls()
         if not isinstance(value, dict):
-            raise ValueError(f"pruning is {value!r}, but must be a dictionary with keys among {', '.join(cls().to_dict())}")
+            raise ValueError(
+                f"pruning is {value!r}, but must be a dictionary with keys among {', '.join(cls().to_dict())}"
+            )
         cls._check_keys(value)
         return cls(**value)
 
@@ -311,7 +289,9 @@ class PruningConfig:
     def reads_words(self) -> bool:
         """Whether the question's content words are looked up, so that the processor has to give their token ids."""
         reads = "text_rows" in METHODS[self.method].needs and self.query_weighting != "none"
-        return self.prunes and reads and self.resolved("relevance") != "attention" and self.resolved("words") == "content"
+        return (
+            self.prunes and reads and self.resolved("relevance") != "attention" and self.resolved("words") == "content"
+        )
 
     def count(self, num_tokens: int) -> int:
         """How many of the `num_tokens` tokens of one set (a frame, an image view, or a whole medium) stay."""
@@ -349,7 +329,9 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
             expected = "a Hub id or a folder" if key == "weights_from" else "a branch, tag or commit"
             raise ValueError(f"config key {key!r} is {value!r}, but must be {expected}, or None for weights of its own")
         if key == "spatial_pool_stride" and not _is_positive(value):
-            raise ValueError(f"config key {key!r} is {_shown(value)}, but must be a positive integer: how many tokens become one")
+            raise ValueError(
+                f"config key {key!r} is {_shown(value)}, but must be a positive integer: how many tokens become one"
+            )
         if key == "image_grid_pinpoints" and value is not None and not _are_sizes(value):
             raise ValueError(
                 f"config key {key!r} is {_shown(value)}, but must be a list of sizes [height, width] in pixels, multiples of the "
@@ -361,7 +343,9 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:  # for a folder without the file, the stock class takes the defaults silently
-            raise OSError(f"no config.json in {str(pretrained_model_name_or_path)!r}, the home of the pruning parameters")
+            raise OSError(
+                f"no config.json in {str(pretrained_model_name_or_path)!r}, the home of the pruning parameters"
+            )
         for values in (config_dict, kwargs):
             if "pruning" in values:
                 values["pruning"] = _resolve_tower(values["pruning"], pretrained_model_name_or_path)

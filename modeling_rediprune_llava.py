@@ -20,11 +20,10 @@ from transformers.models.llava_next_video.modeling_llava_next_video import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .attention_rediprune import biased_mask
-from .cache_record_rediprune import CACHE_NAME, TokenRecord, cached_tokens, one_cache, read_record, write_record
-from .clip_rediprune import encode_and_merge, read_attention, run_tower
 from .configuration_rediprune import PruningConfig, ReDiPruneConfig
-from .geometry_rediprune import (
+from .core_attention import biased_mask
+from .core_cache import CACHE_NAME, TokenRecord, cached_tokens, one_cache, read_record, write_record
+from .core_layout import (
     crop_of_tiles,
     image_grids,
     num_placeholders,
@@ -34,8 +33,9 @@ from .geometry_rediprune import (
     token_sets,
     video_grids,
 )
-from .joint_space_rediprune import JointSpace
-from .linking_rediprune import (
+from .core_positions import image_offsets, pooled_places, position_gaps, video_offsets
+from .hub_files import code_in_place
+from .hub_linking import (
     checksum_weights,
     damage_explained,
     explained,
@@ -43,12 +43,10 @@ from .linking_rediprune import (
     same_weights,
     unlinked,
 )
-from .method_base_rediprune import VisualTokens
-from .method_visionzip_rediprune import in_raster_order
-from .methods_rediprune import METHODS
-from .portability_rediprune import code_in_place
-from .positions_rediprune import image_offsets, pooled_places, position_gaps, video_offsets
-from .relevance_rediprune import (
+from .methods_base import VisualTokens
+from .methods_registry import METHODS
+from .ops_query import align_query, build_query
+from .ops_relevance import (
     attention_relevance,
     attention_rows,
     clip_relevance,
@@ -57,21 +55,23 @@ from .relevance_rediprune import (
     stack_rows,
     word_rows,
 )
-from .selection_rediprune import align_query, build_query, group_means, group_sizes, nearest_kept
+from .ops_tokens import group_means, group_sizes, in_raster_order, nearest_kept
+from .vision_clip import encode_and_merge, read_attention, run_tower
+from .vision_joint_space import JointSpace
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
     # names itself, so each of the three that `auto_map` names lists all that it rests on.
-    from .method_cdpruner_rediprune import CDPruner  # noqa: F401
-    from .method_controls_rediprune import Random  # noqa: F401
-    from .method_coverage_rediprune import Scope  # noqa: F401
-    from .method_divprune_rediprune import DivPrune  # noqa: F401
-    from .method_evoprune_rediprune import EvoPrune  # noqa: F401
-    from .method_prumerge_rediprune import PruMerge  # noqa: F401
-    from .method_rediprune import ReDiPrune  # noqa: F401
-    from .method_trim_rediprune import Trim  # noqa: F401
-    from .tokenizing_rediprune import OneAtATime  # noqa: F401
-    from .untrusted_rediprune import find_files  # noqa: F401
+    from .hub_untrusted import CODE_KEYS  # noqa: F401
+    from .inputs_tokenizing import OneAtATime  # noqa: F401
+    from .methods_attention import CONTEXTUAL_SHARE  # noqa: F401
+    from .methods_baselines import Random  # noqa: F401
+    from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
+    from .methods_distance import ReDiPrune  # noqa: F401
+    from .methods_encoder import EvoPrune  # noqa: F401
+    from .methods_relevance import SPENT  # noqa: F401
+    from .ops_merging import DIVERSITY_WEIGHT  # noqa: F401
+    from .ops_selection import CANDIDATE_POOLS  # noqa: F401
 
 logger = logging.get_logger(__name__)
 _WARNED_CONTEXTS = set()  # lengths that were warned about
@@ -348,7 +348,11 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
         if not pruning.prunes and pruning.pooling == "before":
-            prompt |= {"pixel_values": pixel_values, "pixel_values_videos": pixel_values_videos, "image_sizes": image_sizes}
+            prompt |= {
+                "pixel_values": pixel_values,
+                "pixel_values_videos": pixel_values_videos,
+                "image_sizes": image_sizes,
+            }
             outputs = self._stock_forward({**prompt, **tower}, attention_mask, position_ids, stock)
             return ReDiPruneCausalLMOutputWithPast(**outputs)
 
@@ -387,13 +391,19 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
             record: the `TokenRecord` of the prompt; `None` = nothing was skipped in it, and each token stands for itself.
             moved: (B, T), how far gaps in the prompt itself move each of its tokens.
         """
-        cache, num_layers, places = stock[CACHE_NAME], self.config.text_config.num_hidden_layers, stock.get("cache_position")
+        cache, num_layers, places = (
+            stock[CACHE_NAME],
+            self.config.text_config.num_hidden_layers,
+            stock.get("cache_position"),
+        )
         tokens = prompt["inputs_embeds"] if prompt.get("input_ids") is None else prompt["input_ids"]
         cached = read_record(cache, num_layers)
         num_cached = 0 if record is None else cached_tokens(cache, places)
         if moved is not None and attention_mask is None:
             # Without a mask, gaps between positions are read as the borders of packed sequences.
-            attention_mask = torch.ones(len(tokens), num_cached + tokens.shape[1], dtype=torch.long, device=tokens.device)
+            attention_mask = torch.ones(
+                len(tokens), num_cached + tokens.shape[1], dtype=torch.long, device=tokens.device
+            )
         if cached is not None:
             past = cached.skipped.to(tokens.device).sum(1, keepdim=True).long()
             moved = past if moved is None else moved.to(tokens.device) + past
@@ -403,7 +413,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         sizes = _all_sizes(cached, record, num_cached)
         if sizes is not None:
             embeds = tokens if tokens.is_floating_point() else self.get_input_embeddings()(tokens)
-            attention_mask = biased_mask(attention_mask, sizes.to(embeds.device).clamp_min(1).log(), embeds, cache, places)
+            attention_mask = biased_mask(
+                attention_mask, sizes.to(embeds.device).clamp_min(1).log(), embeds, cache, places
+            )
         outputs = super().forward(
             **prompt, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **stock
         )
@@ -520,8 +532,14 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         return True
 
     def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, pixel_values=None, pixel_values_videos=None,
-        image_sizes=None, **kwargs,
+        self,
+        expand_size=1,
+        is_encoder_decoder=False,
+        input_ids=None,
+        pixel_values=None,
+        pixel_values_videos=None,
+        image_sizes=None,
+        **kwargs,
     ):
         # Media that a reused cache holds are left out. The others are repeated row by row: repeated one by one, as in the
         # stock class of 4.57, the media of a row that has several would change places.
@@ -802,7 +820,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         for medium, crop, views_, end in zip(images, crops, views, ends):
             start = end - len(views_)
             base = _map(patches, lambda values: values[start : start + 1])
-            tiles = _map(patches, lambda values: _cropped_tiles(values[start + 1 : end], crop, self._patches_per_side()))
+            tiles = _map(
+                patches, lambda values: _cropped_tiles(values[start + 1 : end], crop, self._patches_per_side())
+            )
             medium.sets = [base, tiles]
 
     def _views_of_images(self, pixel_values, image_sizes) -> tuple:
@@ -848,7 +868,9 @@ class ReDiPruneLlavaNextVideoForConditionalGeneration(LlavaNextVideoForCondition
         places = [_places_of_patches(crop, self._patches_per_side()).to(device) for crop in crops]
         for image, (medium, views_) in enumerate(zip(images, views)):
             inside = [everything] + [(tile >= 0).nonzero()[:, 0] for tile in places[image]]
-            counts = [self._count_in_encoder(grid.tokens_per_set, grid.tokens_per_set, pruning) for grid in medium.grids]
+            counts = [
+                self._count_in_encoder(grid.tokens_per_set, grid.tokens_per_set, pruning) for grid in medium.grids
+            ]
             budgets = [counts[0], *split_budget(counts[1], [len(patches) for patches in inside[1:]])]
             for view, (pixels, patches, budget) in enumerate(zip(views_, inside, budgets)):
                 if budget:
@@ -1035,7 +1057,11 @@ def _check_masks(shape, cache, attention_mask, query_mask=None) -> None:
     """Refuses masks that do not cover the tokens of the prompt, whose ids have the given shape (B, T), and of the cache."""
     batch, number = shape
     total = cached_tokens(cache) + number
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and attention_mask.shape != (batch, total):
+    if (
+        isinstance(attention_mask, torch.Tensor)
+        and attention_mask.dim() == 2
+        and attention_mask.shape != (batch, total)
+    ):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, but must be {(batch, total)}: one entry for each token of "
             f"the cache ({total - number}) and of the prompt ({number}). Pass the one that the processor returned with the prompt."

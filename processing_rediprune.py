@@ -14,12 +14,12 @@ from transformers.image_utils import is_pil_image, load_image, to_numpy_array
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.video_utils import make_batched_metadata
 
-from .chat_rediprune import plain_messages, plain_text, plain_tools
 from .configuration_rediprune import AUTO_MAP, PruningConfig, ReDiPruneConfig
-from .download_rediprune import MAX_BYTES, TIMEOUT, download, is_url
-from .geometry_rediprune import check_pinpoints, check_pool_stride, image_grids, num_placeholders, video_grids
-from .joint_space_rediprune import question_segments
-from .media_rediprune import (
+from .core_layout import check_pinpoints, check_pool_stride, image_grids, num_placeholders, video_grids
+from .hub_files import code_in_place, make_portable, whole_files
+from .inputs_chat import plain_messages, plain_text, plain_tools
+from .inputs_download import MAX_BYTES, TIMEOUT, download, is_url
+from .inputs_media import (
     check_mode,
     check_pixels,
     file_content,
@@ -29,28 +29,27 @@ from .media_rediprune import (
     is_rescaled,
     read_image,
 )
-from .portability_rediprune import code_in_place, make_portable, whole_files
-from .tokenizing_rediprune import OneAtATime
-from .video_rediprune import frame_indices, read_video, stack_frames
-from .words_rediprune import content_words
+from .inputs_tokenizing import OneAtATime
+from .inputs_video import frame_indices, read_video, stack_frames
+from .inputs_words import content_words
+from .vision_joint_space import question_segments
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
     # names itself, so each of the three that `auto_map` names lists all that it rests on.
-    from .method_base_rediprune import Method  # noqa: F401
-    from .method_cdpruner_rediprune import CDPruner  # noqa: F401
-    from .method_controls_rediprune import Random  # noqa: F401
-    from .method_coverage_rediprune import Scope  # noqa: F401
-    from .method_divprune_rediprune import DivPrune  # noqa: F401
-    from .method_evoprune_rediprune import EvoPrune  # noqa: F401
-    from .method_prumerge_rediprune import PruMerge  # noqa: F401
-    from .method_rediprune import ReDiPrune  # noqa: F401
-    from .method_trim_rediprune import Trim  # noqa: F401
-    from .method_visionzip_rediprune import VisionZip  # noqa: F401
-    from .methods_rediprune import METHODS  # noqa: F401
-    from .relevance_rediprune import RELEVANCES  # noqa: F401
-    from .selection_rediprune import count_kept  # noqa: F401
-    from .untrusted_rediprune import find_files  # noqa: F401
+    from .hub_untrusted import CODE_KEYS  # noqa: F401
+    from .methods_attention import CONTEXTUAL_SHARE  # noqa: F401
+    from .methods_base import VisualTokens  # noqa: F401
+    from .methods_baselines import Random  # noqa: F401
+    from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
+    from .methods_distance import ReDiPrune  # noqa: F401
+    from .methods_encoder import EvoPrune  # noqa: F401
+    from .methods_registry import METHODS  # noqa: F401
+    from .methods_relevance import SPENT  # noqa: F401
+    from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
+    from .ops_relevance import RELEVANCES  # noqa: F401
+    from .ops_selection import CANDIDATE_POOLS  # noqa: F401
+    from .ops_tokens import MIN_NORM  # noqa: F401
 
 
 TRANSFORMERS_4 = not hasattr(LlavaNextVideoProcessor, "_process_videos")
@@ -295,7 +294,9 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
         grids = video_grids(num_frames, side, self.pruning.pooling, self.spatial_pool_stride)
         return self.video_token * num_placeholders(grids, self.pruning, newlines=False)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, video_sizes=None, keep_ratio=None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes=None, video_sizes=None, keep_ratio=None, **kwargs
+    ) -> MultiModalData:
         """
         How many placeholders media of these sizes take: what serving engines ask before they see a medium.
 
@@ -323,7 +324,9 @@ class ReDiPruneProcessor(LlavaNextVideoProcessor):
             return super().__call__(images=images, text=text, videos=videos, **kwargs)
         # transformers 4.57 sizes all videos of a call by the first one and has no hook for the count of one medium, so
         # here are the steps of 5.x.
-        merged = self._merge_kwargs(ReDiPruneProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            ReDiPruneProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         image_inputs = {} if images is None else self.image_processor(images, **merged["images_kwargs"])
         video_inputs = {} if videos is None else self.video_processor(videos, **merged["videos_kwargs"])
         metadata = video_inputs.pop("video_metadata", None)

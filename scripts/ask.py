@@ -22,7 +22,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_media_arguments(parser)
     parser.add_argument("--question", required=True)
-    parser.add_argument("--keep-ratio", type=float, help="share of the visual tokens that stay (default: as config.json says)")
+    parser.add_argument(
+        "--keep-ratio", type=float, help="share of the visual tokens that stay (default: as config.json says)"
+    )
     parser.add_argument("--method", help="pruning method (default: as config.json says)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--compare", action="store_true", help="also answer with all visual tokens, side by side")
@@ -81,7 +83,9 @@ def print_report(args, results: dict) -> None:
 
 def main():
     args = parse_arguments()
-    pruning = {key: value for key, value in (("keep_ratio", args.keep_ratio), ("method", args.method)) if value is not None}
+    pruning = {
+        key: value for key, value in (("keep_ratio", args.keep_ratio), ("method", args.method)) if value is not None
+    }
     try:
         model, processor = load(args, pruning)
         if args.compare:
@@ -119,7 +123,9 @@ def write_overlay(args, model, processor, inputs, caption: str) -> None:
 
 def count_unpruned(args, processor) -> int:
     inputs, _ = prepare(args, processor, 1.0)
-    return int(sum((inputs["input_ids"] == token).sum() for token in (processor.image_token_id, processor.video_token_id)))
+    return int(
+        sum((inputs["input_ids"] == token).sum() for token in (processor.image_token_id, processor.video_token_id))
+    )
 
 
 if __name__ == "__main__":

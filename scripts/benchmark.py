@@ -89,14 +89,18 @@ def check_arguments(args) -> None:
     given = (args.frames, args.pooling)
     args.frames, args.pooling = (list(default if value is None else value) for default, value in zip(defaults, given))
     if shape and shape.fixed and (tuple(args.frames), tuple(args.pooling)) != defaults:
-        fail(f"--shape {args.shape} is one picture: it goes with --frames {shape.frames[0]} --pooling {shape.poolings[0]}")
-    known = [name for name in code_module("methods_rediprune").METHODS if name != "none"]
+        fail(
+            f"--shape {args.shape} is one picture: it goes with --frames {shape.frames[0]} --pooling {shape.poolings[0]}"
+        )
+    known = [name for name in code_module("methods_registry").METHODS if name != "none"]
     for method in args.methods:
         if method not in known:
             fail(f"--methods {method}: no such pruning method; choose of {', '.join(known)}")
     for ratio in args.ratios:
         if not 0 < ratio < 1:
-            fail(f"--ratios {ratio}: a keep ratio lies between 0 and 1, such as 0.15; the unpruned model always runs beside")
+            fail(
+                f"--ratios {ratio}: a keep ratio lies between 0 and 1, such as 0.15; the unpruned model always runs beside"
+            )
     for pooling in args.pooling:
         if pooling not in POOLINGS:
             fail(f"--pooling {pooling}: choose of {', '.join(POOLINGS)}")
@@ -155,12 +159,14 @@ def pruning_of(model, cell: dict):
 def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:
     """A prompt of random words around one random video in every row."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
-    geometry = code_module("geometry_rediprune")
+    geometry = code_module("core_layout")
     size, side = config.vision_config.image_size, config.vision_config.image_size // config.vision_config.patch_size
     grids = geometry.video_grids(frames, side, pruning.pooling, config.spatial_pool_stride)
     visual = geometry.num_placeholders(grids, pruning, newlines=False)
     placeholders = {config.image_token_id, config.video_token_id}
-    words = torch.tensor([word for word in range(FIRST_WORD, config.text_config.vocab_size) if word not in placeholders])
+    words = torch.tensor(
+        [word for word in range(FIRST_WORD, config.text_config.vocab_size) if word not in placeholders]
+    )
     words = words[torch.randint(len(words), (batch, text), generator=generator)]
     video = torch.full((batch, visual), config.video_token_id)
     ids = torch.cat([words[:, :TEXT_BEFORE], video, words[:, TEXT_BEFORE:]], dim=1).to(model.device)
@@ -280,7 +286,9 @@ def measure_group(model, cells: list, args, progress) -> list:
         row = {**cell, "error": None}
         rows.append(row)
         pruning = pruning_of(model, cell)
-        inputs = attempt(row, lambda: random_inputs(model, pruning, cell["frames"], cell["batch"], args.text, args.seed))
+        inputs = attempt(
+            row, lambda: random_inputs(model, pruning, cell["frames"], cell["batch"], args.text, args.seed)
+        )
         prepared.append((row, pruning, inputs))
         row |= run(*prepared[-1], lambda inputs: describe(model, cell, inputs, args.text)) or {}
     samples = [defaultdict(list) for _ in rows]
@@ -354,7 +362,9 @@ def write_report(report: dict, args) -> None:
 
 
 def main():
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of itself, and of GPUs that are not there, else
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # torch's profiler tells of itself, and of GPUs that are not there, else
     args = parse_arguments()
     transformers.logging.set_verbosity_error()
     start = time.time()

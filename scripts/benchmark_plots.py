@@ -36,7 +36,11 @@ def _png(figure) -> bytes:
 
 def _title(report: dict) -> str:
     layers, run = report["layers"], report["environment"]
-    cut = "" if layers["language"] == layers["language_of"] else f", {layers['language']} of {layers['language_of']} layers"
+    cut = (
+        ""
+        if layers["language"] == layers["language_of"]
+        else f", {layers['language']} of {layers['language_of']} layers"
+    )
     return f"{report['model']}{cut}\n{run.get('gpu', run['cpu'])}, {run['dtype']}, {run['threads']} threads"
 
 

@@ -25,7 +25,7 @@ def plain_select(features: torch.Tensor, query: torch.Tensor, num_kept: int, tol
     Returns:
         LongTensor (N, k), ascending in each frame.
     """
-    tolerance = code_module("selection_rediprune").TIE_TOLERANCE if tolerance is None else tolerance
+    tolerance = code_module("ops_tokens").TIE_TOLERANCE if tolerance is None else tolerance
     all_kept = []
     for tokens, text in zip(features, query):
         tokens, text = F.normalize(tokens, dim=-1), F.normalize(text, dim=-1)
@@ -56,7 +56,7 @@ def compare(features: torch.Tensor, query: torch.Tensor, plain: torch.Tensor, ou
     then a tie for one of them alone. A frame that differs is at such an edge if the rule in double precision picks our
     tokens with a tolerance a little smaller or larger.
     """
-    tolerance = code_module("selection_rediprune").TIE_TOLERANCE
+    tolerance = code_module("ops_tokens").TIE_TOLERANCE
     differing = (plain != ours).any(1).nonzero()[:, 0]
     features, query, ours = features[differing].double(), query[differing].double(), ours[differing]
     at_edge = torch.zeros(len(differing), dtype=torch.bool, device=ours.device)
@@ -67,7 +67,7 @@ def compare(features: torch.Tensor, query: torch.Tensor, plain: torch.Tensor, ou
 
 @torch.inference_mode()
 def measure_size(frames: int, tokens: int, ratio: float, repeats: int, seed: int, device: str) -> dict:
-    selection = code_module("selection_rediprune")
+    selection = code_module("ops_selection")
     features, query = random_tokens(frames, tokens, seed, device)
     num_kept = selection.count_kept(tokens, ratio)
     runs = {

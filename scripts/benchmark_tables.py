@@ -67,7 +67,9 @@ def _against(base: dict, row: dict, report: dict) -> dict:
 
 
 def table(header: list, rows: list) -> list:
-    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"] + ["| " + " | ".join(row) + " |" for row in rows]
+    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"] + [
+        "| " + " | ".join(row) + " |" for row in rows
+    ]
 
 
 def milliseconds(value: dict) -> str:
@@ -118,8 +120,23 @@ def selection_tables(report: dict) -> list:
         cells = [f"{row['frames']} x {row['tokens']}", f"{row['keep_ratio']:g}", str(row["kept"])]
         cells += [milliseconds(spread(plain)), milliseconds(spread(ours)), factor(ratio)]
         rows.append([*cells, _agreement(row), _goal(row, ratio["median"], 1000 * median(ours), report["environment"])])
-    header = ["frames x tokens", "keep ratio", "kept", "plain loop (ms)", "select_rediprune (ms)", "speed-up", "same tokens", "goal"]
-    return [*lines, "", *table(header, rows), "", "Goals are for medians" + _where_goals_are_for(report["environment"]) + "."]
+    header = [
+        "frames x tokens",
+        "keep ratio",
+        "kept",
+        "plain loop (ms)",
+        "select_rediprune (ms)",
+        "speed-up",
+        "same tokens",
+        "goal",
+    ]
+    return [
+        *lines,
+        "",
+        *table(header, rows),
+        "",
+        "Goals are for medians" + _where_goals_are_for(report["environment"]) + ".",
+    ]
 
 
 def _where_goals_are_for(run: dict) -> str:
@@ -181,7 +198,9 @@ def model_tables(report: dict) -> list:
         "",
         'Speed-ups are those of each turn over the unpruned model of the same turn. "By counted operations" is the one that '
         'the operations of prefill allow, as torch counts them; "share of that" is how much of it was reached.'
-        + (f" Saved prefill is scaled to {layers['language_of']} layers too: computed, not measured." if scaled else ""),
+        + (
+            f" Saved prefill is scaled to {layers['language_of']} layers too: computed, not measured." if scaled else ""
+        ),
         "",
         "## Operations and memory",
         "",

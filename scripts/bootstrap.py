@@ -106,15 +106,9 @@ def prepare(directory, transformers_version=None):
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--transformers", metavar="VERSION", help="default: the newest that requirements.txt allows"
-    )
-    parser.add_argument(
-        "--envs", metavar="DIR", type=Path, default=ROOT / ".venv", help="default: %(default)s"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transformers", metavar="VERSION", help="default: the newest that requirements.txt allows")
+    parser.add_argument("--envs", metavar="DIR", type=Path, default=ROOT / ".venv", help="default: %(default)s")
     parser.add_argument("command", choices=["ask", "test", "python"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the command as they are")
     return parser.parse_args(arguments)

@@ -318,7 +318,9 @@ def serve(case):
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
             chat = [{"role": "user", "content": content}]
             reply = client.chat.completions.create(model=case.folder, messages=chat, max_tokens=NEW_TOKENS)
-            stream = client.chat.completions.create(model=case.folder, messages=chat, max_tokens=NEW_TOKENS, stream=True)
+            stream = client.chat.completions.create(
+                model=case.folder, messages=chat, max_tokens=NEW_TOKENS, stream=True
+            )
             streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
         except Exception as error:
             log.seek(0)
@@ -360,29 +362,55 @@ def published(case):
         pruning = case.model.config.pruning
         for weights in ("--copy", "--link"):
             name = weights.strip("-")
-            command = [sys.executable, str(ROOT / "scripts" / "export.py"), "me/stock", weights, "--method", pruning.method]
-            command += ["--keep-ratio", str(pruning.keep_ratio), "--output", f"{home}/{name}", "--push-to-hub", f"me/{name}"]
+            command = [
+                sys.executable,
+                str(ROOT / "scripts" / "export.py"),
+                "me/stock",
+                weights,
+                "--method",
+                pruning.method,
+            ]
+            command += [
+                "--keep-ratio",
+                str(pruning.keep_ratio),
+                "--output",
+                f"{home}/{name}",
+                "--push-to-hub",
+                f"me/{name}",
+            ]
             run_fresh(command, variables)
             found = load_elsewhere(f"me/{name}", variables)
             difference = (torch.tensor(found["logits"]) - case.logits(case.model)).abs().max().item()
             if found["answer"] != case.expected or difference > 1e-4:
-                raise AssertionError(f"{name}: answers {found['answer']} instead of {case.expected}; logits differ by {difference}")
+                raise AssertionError(
+                    f"{name}: answers {found['answer']} instead of {case.expected}; logits differ by {difference}"
+                )
             size = sum(path.stat().st_size for path in Path(home, name).iterdir())
             same = "bit for bit" if difference == 0 else f"within {difference:.0e}"
-            notes.append(f"`{weights}` is {size / 1e6:.2f} MB, and on {found['version']} answers the same, its logits {same}")
+            notes.append(
+                f"`{weights}` is {size / 1e6:.2f} MB, and on {found['version']} answers the same, its logits {same}"
+            )
     return "; ".join(notes)
 
 
 def stock_files(folder: str) -> dict:
     """The variant as the stock checkpoint that it was made from, with the names of the public ones; bytes by file name."""
-    files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix in (".json", ".jinja", ".safetensors")}
+    files = {
+        path.name: path.read_bytes()
+        for path in Path(folder).iterdir()
+        if path.suffix in (".json", ".jinja", ".safetensors")
+    }
     config, processor = (json.loads(files[name]) for name in ("config.json", "processor_config.json"))
     for values in (config, processor):
         values.pop("auto_map")
     config.pop("pruning")
     config |= {"model_type": "llava_next_video", "architectures": ["LlavaNextVideoForConditionalGeneration"]}
     processor["processor_class"] = "LlavaNextVideoProcessor"
-    return {**files, "config.json": json.dumps(config).encode(), "processor_config.json": json.dumps(processor).encode()}
+    return {
+        **files,
+        "config.json": json.dumps(config).encode(),
+        "processor_config.json": json.dumps(processor).encode(),
+    }
 
 
 def run_fresh(command: list, variables: dict) -> str:
@@ -450,7 +478,8 @@ def tensor_job(case) -> dict:
     expected = case.logits(case.model)
     model = case.load(tp_plan="auto")
     sharded = sum(
-        type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "device_mesh") for parameter in model.parameters()
+        type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "device_mesh")
+        for parameter in model.parameters()
     )
     full = sum(p.numel() for p in case.model.parameters())
     local = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.parameters())
@@ -525,7 +554,10 @@ def as_document(record: dict) -> str:
 
 def as_table(results: dict) -> list:
     """The lines of a table with a column for each version, and an empty one."""
-    lines = ["| | " + " | ".join(f"transformers {version}" for version in results) + " |", "|---" * (len(results) + 1) + "|"]
+    lines = [
+        "| | " + " | ".join(f"transformers {version}" for version in results) + " |",
+        "|---" * (len(results) + 1) + "|",
+    ]
     for name, (title, _) in ROWS.items():
         cells = []
         for rows in results.values():
@@ -574,7 +606,9 @@ def parse_arguments():
     parser.add_argument("--output", required=True, help="where the table goes: OUTPUT.json, OUTPUT.md")
     parser.add_argument("--model", default=str(ROOT), help="folder of a variant (default: this repository)")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
-    parser.add_argument("--method", help="another method than that of its config.json, with its own choices; a table of its own")
+    parser.add_argument(
+        "--method", help="another method than that of its config.json, with its own choices; a table of its own"
+    )
     parser.add_argument("--rank-job", help=argparse.SUPPRESS)
     parser.add_argument("--show", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -590,7 +624,9 @@ def read_record(output: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
-        fail(f"{path} cannot be read ({error}), and results are added to it; choose another --output, or remove that file")
+        fail(
+            f"{path} cannot be read ({error}), and results are added to it; choose another --output, or remove that file"
+        )
 
 
 def main():

@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 from repository import code_module, fail
 
-untrusted = code_module("untrusted_rediprune")
+untrusted = code_module("hub_untrusted")
 
 QUESTION = "What is this?"
 

@@ -83,12 +83,17 @@ def time_in_turns(runs: dict, repeats: int, device: str) -> dict:
 def measure(args) -> list:
     """One row for the full encoder and one for each number of patches to merge to."""
     config = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
     )
     torch.manual_seed(0)
     tower = CLIPVisionModel(config).to(args.device, getattr(torch, args.dtype)).eval()
     pixels = torch.randn(args.frames, 3, 336, 336, device=args.device, dtype=tower.dtype)
-    clip = code_module("clip_rediprune")
+    clip = code_module("vision_clip")
     layers = clip.transformer(tower).encoder.layers
     del layers[23:]  # the tapped features are the output of layer 23 of 24
     runs = {CLIP_L_PATCHES: lambda: tower(pixels)}
@@ -116,7 +121,11 @@ def markdown(report: dict) -> str:
     rows = []
     for row in report["rows"]:
         share = spread([after / before for before, after in zip(full["samples"], row["samples"])])
-        cells = [str(row["patches_left"]), f"{row['operations'] / 1e9:.0f}", f"{row['operations'] / full['operations']:.1%}"]
+        cells = [
+            str(row["patches_left"]),
+            f"{row['operations'] / 1e9:.0f}",
+            f"{row['operations'] / full['operations']:.1%}",
+        ]
         cells += [f"{row['formula_share']:.1%}", milliseconds(spread(row["samples"]))]
         rows.append([*cells, "{median:.1%} ({low:.1%} to {high:.1%})".format(**share)])
     header = ["patches left of 576", "operations (GFLOP)", "of all", "by formula", "time (ms)", "of that of all"]

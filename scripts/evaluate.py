@@ -83,7 +83,7 @@ class Setting:
 
 
 def _methods() -> dict:
-    return code_module("methods_rediprune").METHODS
+    return code_module("methods_registry").METHODS
 
 
 def setting(text: str) -> Setting:
@@ -100,13 +100,17 @@ def setting(text: str) -> Setting:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     reads = _methods()[block.method].needs & {"relevance", "text_rows"} and block.query_weighting != "none"
     if query != "own" and not reads:
-        raise argparse.ArgumentTypeError(f"{text!r}: this setting does not look at the question; leave query={query} out")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: this setting does not look at the question; leave query={query} out"
+        )
     return Setting(text, changes, query)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md, OUTPUT.answers.jsonl")
+    parser.add_argument(
+        "--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md, OUTPUT.answers.jsonl"
+    )
     parser.add_argument("--settings", nargs="+", type=setting, default=None, metavar="METHOD[,KEY=VALUE...]")
     parser.add_argument("--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="default: %(default)s")
     parser.add_argument("--seeds", type=at_least_one, default=1, help="seeds of what is drawn at random (default: 1)")
@@ -145,7 +149,9 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError:
-            fail(f"WORLD_SIZE={self.number}: several processes need accelerate; install it with `pip install accelerate`")
+            fail(
+                f"WORLD_SIZE={self.number}: several processes need accelerate; install it with `pip install accelerate`"
+            )
         self.state = PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
         self.rank, self.number = self.state.process_index, self.state.num_processes
         if args.device == "cuda":
@@ -296,7 +302,9 @@ def evaluate_kind(run: Evaluation, kind: str) -> list:
 def command(args) -> str:
     """The command of this run, with its scenes, whatever the default will be."""
     given = shlex.join(sys.argv[1:])
-    return f"python scripts/evaluate.py {given}" + ("" if "--first-scene" in given else f" --first-scene {args.first_scene}")
+    return f"python scripts/evaluate.py {given}" + (
+        "" if "--first-scene" in given else f" --first-scene {args.first_scene}"
+    )
 
 
 def main():

@@ -87,7 +87,7 @@ def _panels(rows: list) -> dict:
 def _positions(setting: str) -> str:
     """How a setting numbers its tokens, by itself or as its method has it."""
     changes = parse_setting(setting)
-    method = code_module("methods_rediprune").METHODS[changes["method"]]
+    method = code_module("methods_registry").METHODS[changes["method"]]
     return changes.get("positions") or method.positions
 
 
@@ -172,7 +172,9 @@ def _against_time(pyplot, rows: list, kind: str):
     figure, all_axes, styles = _figure(pyplot, kind, x_label, panels)
     milliseconds = lambda row, key: 1000 * row["time"][key]  # noqa: E731
     unpruned = [row for row in rows if row["setting"] == "unpruned"]
-    front = sorted((row for row in rows if row.get("on_pareto_front")), key=lambda row: row["time"]["seconds_per_question"])
+    front = sorted(
+        (row for row in rows if row.get("on_pareto_front")), key=lambda row: row["time"]["seconds_per_question"]
+    )
     for axes, groups in zip(all_axes, panels.values()):
         axes.plot(
             [milliseconds(row, "seconds_per_question") for row in front],

@@ -14,7 +14,9 @@ CONSTANT_QUERY = "what do you see?"
 
 def add_scene_arguments(parser: argparse.ArgumentParser, number: int, first: int = TABLES_START) -> None:
     """Adds `--scenes` and `--first-scene`; `check_scenes` checks them together."""
-    parser.add_argument("--scenes", type=at_least_one, default=number, help="held-out scenes of a kind (default: %(default)s)")
+    parser.add_argument(
+        "--scenes", type=at_least_one, default=number, help="held-out scenes of a kind (default: %(default)s)"
+    )
     parser.add_argument(
         "--first-scene",
         type=int,

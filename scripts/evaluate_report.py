@@ -82,7 +82,9 @@ def _overall(row: dict, timed: bool) -> list:
     cells += [f"{percent(row['low'])} to {percent(row['high'])}", percent(row["agreement_with_unpruned"])]
     if timed and "time" in row:
         time = row["time"]
-        cells.append(f"{1000 * time['seconds_per_question']:.2f} ({1000 * time['low']:.2f} to {1000 * time['high']:.2f})")
+        cells.append(
+            f"{1000 * time['seconds_per_question']:.2f} ({1000 * time['low']:.2f} to {1000 * time['high']:.2f})"
+        )
         cells.append("yes" if row["on_pareto_front"] else "")
     return cells
 

@@ -44,8 +44,8 @@ from repository import ROOT, code_module, fail, json_or_string
 from tqdm import tqdm
 
 configuration = code_module("configuration_rediprune")
-portability = code_module("portability_rediprune")
-untrusted = code_module("untrusted_rediprune")
+portability = code_module("hub_files")
+untrusted = code_module("hub_untrusted")
 
 CONFIGS = tuple(name for name in SMALL_FILES if name.endswith("_config.json"))
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
@@ -62,7 +62,9 @@ def parse_arguments(arguments=None):
     weights.add_argument("--link", action="store_true", help="name the weights in config.json, pinned to a commit")
     parser.add_argument("--output", type=Path, help="folder to write")
     parser.add_argument("--force", action="store_true", help="replace a variant that --output already holds")
-    parser.add_argument("--push-to-hub", metavar="NAMESPACE/NAME", help="repository to push to, created if it does not exist")
+    parser.add_argument(
+        "--push-to-hub", metavar="NAMESPACE/NAME", help="repository to push to, created if it does not exist"
+    )
     parser.add_argument("--private", action="store_true", help="create that repository as a private one")
     parser.add_argument("--revision", help="branch to push to, created if it does not exist (default: main)")
     parser.add_argument("--commit-message", help="default: says what was exported")
@@ -81,7 +83,9 @@ def parse_arguments(arguments=None):
     if args.output is None and args.push_to_hub is None:
         parser.error("nothing to write: pass --output FOLDER, --push-to-hub NAMESPACE/NAME, or both")
     if args.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
-        parser.error(f"--push-to-hub {args.push_to_hub}: must be NAMESPACE/NAME, with your user name or organisation first")
+        parser.error(
+            f"--push-to-hub {args.push_to_hub}: must be NAMESPACE/NAME, with your user name or organisation first"
+        )
     if args.push_to_hub is None and (args.private or args.revision or args.commit_message):
         parser.error("--private, --revision and --commit-message belong to --push-to-hub")
     args.pruning = {s.name: getattr(args, s.name) for s in fields(configuration.PruningConfig) if hasattr(args, s.name)}
@@ -129,9 +133,7 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
         shutil.copyfile(ROOT / "chat_template.jinja", output / "chat_template.jinja")
     if not (output / portability.PROCESSOR_FILE).exists():
         portability.write_json(output / portability.PROCESSOR_FILE, _default_processor(base))
-    portability.make_portable(
-        output, "ReDiPruneProcessor", {"AutoProcessor": configuration.AUTO_MAP["AutoProcessor"]}
-    )
+    portability.make_portable(output, "ReDiPruneProcessor", {"AutoProcessor": configuration.AUTO_MAP["AutoProcessor"]})
     if not (output / "preprocessor_config.json").exists():
         raise ExportError(f"{base_folder} holds no preprocessor_config.json; a variant needs an image processor")
     code = code_files()
@@ -146,7 +148,7 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
 
 def code_files() -> list:
     """Names of the code files of a variant."""
-    return sorted(path.name for path in ROOT.glob("*_rediprune*.py"))
+    return sorted(path.name for path in ROOT.glob("*.py"))
 
 
 def copy_small_files(base_folder: Path, output: Path) -> list:
@@ -261,7 +263,11 @@ def describe_pruning(pruning: dict) -> str:
     """What stays, and by which rule: the method's own count, which is not the keep ratio for each of them, and its own words."""
     block = configuration.PruningConfig.from_value(pruning)
     method = configuration.METHODS[block.method]
-    kept = f"Of every {CARD_TOKENS} of them {block.count(CARD_TOKENS)} stay" if block.prunes else "As it stands, all of them stay"
+    kept = (
+        f"Of every {CARD_TOKENS} of them {block.count(CARD_TOKENS)} stay"
+        if block.prunes
+        else "As it stands, all of them stay"
+    )
     rule = " ".join(inspect.getdoc(type(method)).partition("\n\n")[0].split())
     return f"{kept} (`keep_ratio` {block.keep_ratio:g}, method `{block.method}`). The method: {rule}"
 
@@ -312,7 +318,9 @@ def check_result(folder: Path, base: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "check_variant.py"), str(folder), "--base", str(base)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise ExportError(f"the result was not kept, because it did not pass its check:\n{result.stderr.strip()[-3000:]}")
+        raise ExportError(
+            f"the result was not kept, because it did not pass its check:\n{result.stderr.strip()[-3000:]}"
+        )
     print(result.stdout.strip())
 
 
@@ -338,7 +346,9 @@ def export(args) -> None:
     if args.push_to_hub and not args.dry_run and get_token() is None:
         raise ExportError("--push-to-hub needs a token that may write: log in with `hf auth login`, or set HF_TOKEN")
     if args.link and args.push_to_hub and Path(args.base).is_dir():
-        raise ExportError(f"--link --push-to-hub: the weights in the folder {args.base} cannot be reached by others; use --copy")
+        raise ExportError(
+            f"--link --push-to-hub: the weights in the folder {args.base} cannot be reached by others; use --copy"
+        )
     if not args.dry_run:
         tidy(parent_of(args.output))
     if args.output is not None and args.output.exists():

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 from repository import code_module
 
 configuration = code_module("configuration_rediprune")
-untrusted = code_module("untrusted_rediprune")
+untrusted = code_module("hub_untrusted")
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,7 +47,7 @@ def fetch_base(base: str, revision=None) -> tuple:
         if revision is not None:
             raise ExportError(f"--base-revision {revision}: {base} is a folder, which has no revisions; leave it out")
         return Path(base).resolve(), None
-    if configuration.names_folder(base) or base.count("/") != 1:
+    if untrusted.names_folder(base) or base.count("/") != 1:
         raise ExportError(f"{base}: no such folder, and not a Hub id (NAMESPACE/NAME) either")
     folder = download(base, revision, [*SMALL_FILES, "config.json", "README.md", INDEX])
     return folder, folder.name
@@ -61,7 +61,9 @@ def download(base: str, revision, names: list) -> Path:
     except GatedRepoError as error:
         raise ExportError(f"{base} is gated: accept its terms on its page, then log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise ExportError(f"{base}: no such repository on the Hub, or it is private and your token cannot see it") from error
+        raise ExportError(
+            f"{base}: no such repository on the Hub, or it is private and your token cannot see it"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ExportError(
             f"{base} (revision {revision or 'main'}) cannot be downloaded, and is not in the local cache: {error}\n"

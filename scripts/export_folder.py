@@ -27,7 +27,7 @@ except ImportError:  # Windows, where nothing is locked and no leftover is touch
     fcntl = None
 
 configuration = code_module("configuration_rediprune")
-untrusted = code_module("untrusted_rediprune")
+untrusted = code_module("hub_untrusted")
 
 PREFIX, SUFFIX, OWNER = ".export-", ".part", "owner.json"
 

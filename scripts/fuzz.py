@@ -140,9 +140,16 @@ class Run:
             token = self.config.video_token_id if part.kind == "video" else self.config.image_token_id
             first = start + int((ids[start:] == token).nonzero()[0])
             layout = self.layout(part)
-            number = sum(layout.counts(self.pruning, part.kind)) if self.pruning.prunes else self.unpruned_length(part, layout)
+            number = (
+                sum(layout.counts(self.pruning, part.kind))
+                if self.pruning.prunes
+                else self.unpruned_length(part, layout)
+            )
             end = first + number
-            check(bool((ids[first:end] == token).all()) and end <= len(ids), f"{part.kind}: fewer than {number} placeholders")
+            check(
+                bool((ids[first:end] == token).all()) and end <= len(ids),
+                f"{part.kind}: fewer than {number} placeholders",
+            )
             self.check_kept(part, medium, layout)
             row.add_text(ids[start:first]).add_medium(medium, layout, self.pruning)
             start = end
@@ -162,7 +169,10 @@ class Run:
         return [next(queues[part.kind]) for part in parts if part.kind != "text"]
 
     def check_kept(self, part, medium, layout) -> None:
-        name, merges = f"{part.kind} {part.size}", code_module("methods_rediprune").METHODS[self.pruning.method].merges_in_encoder
+        name, merges = (
+            f"{part.kind} {part.size}",
+            code_module("methods_registry").METHODS[self.pruning.method].merges_in_encoder,
+        )
         if not self.pruning.prunes:
             check(len(flat_indices(medium, layout)) == layout.num_tokens, f"{name}: not all tokens stay")
             return
@@ -170,7 +180,9 @@ class Run:
         check([len(row) for row in rows] == counts, f"{name}: keeps {[len(row) for row in rows]} instead of {counts}")
         sizes = layout.sets if len(rows) == len(layout.sets) else [layout.num_tokens]
         for row, size in zip(rows, sizes):
-            check(len(row) == 0 or 0 <= int(row.min()) <= int(row.max()) < size, f"{name}: kept {row.tolist()} of {size}")
+            check(
+                len(row) == 0 or 0 <= int(row.min()) <= int(row.max()) < size, f"{name}: kept {row.tolist()} of {size}"
+            )
             # Tokens that were merged in the encoder may fall into one cell of a pooled grid.
             steps = row.diff()
             check(bool((steps >= 0 if merges else steps > 0).all()), f"{name}: kept {row.tolist()} is not ascending")
@@ -203,11 +215,16 @@ class Run:
     def check_forward(self, inputs, rows) -> None:
         output = self.model(**self.placed(inputs))
         for number, row in enumerate(rows):
-            check_close(output.logits[number][inputs["attention_mask"][number].bool()], row.logits(), f"row {number}, one pass")
+            check_close(
+                output.logits[number][inputs["attention_mask"][number].bool()], row.logits(), f"row {number}, one pass"
+            )
         if not self.pruning.prunes and self.pruning.pooling == "before":
             own = {"keep_ratio", "clip_input_ids", "clip_attention_mask", "word_input_ids"}
             stock = self.stock(**{key: value for key, value in self.placed(inputs).items() if key not in own})
-            check(torch.equal(output.logits, stock.logits), "nothing is pruned, but the logits are not those of the stock class")
+            check(
+                torch.equal(output.logits, stock.logits),
+                "nothing is pruned, but the logits are not those of the stock class",
+            )
         kept = [*(output.image_kept_indices or ()), *(output.video_kept_indices or ())]
         if self.pruning.prunes or self.pruning.pooling == "skip":
             check(len(kept) == len(self.select(inputs)), "the output does not tell what was kept of every medium")
@@ -247,7 +264,9 @@ class Run:
         self.generate(inputs, rows, "generated over a dynamic cache")
 
     def cache_static(self, inputs, rows):
-        self.generate(inputs, rows, "generated over a static cache", cache_implementation="static", disable_compile=True)
+        self.generate(
+            inputs, rows, "generated over a static cache", cache_implementation="static", disable_compile=True
+        )
 
     def cache_offloaded(self, inputs, rows):
         with ExitStack() as stack:
@@ -269,7 +288,10 @@ class Run:
             logits = row.cut(len(row), row.next_position).add_text(new).logits()[len(row) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, new[:, None]).mean()
             found = output.sequences_scores[index]
-            check(math.isclose(found, expected, abs_tol=1e-4, rel_tol=1e-4), f"row {index}, beams: score {found} for {expected}")
+            check(
+                math.isclose(found, expected, abs_tol=1e-4, rel_tol=1e-4),
+                f"row {index}, beams: score {found} for {expected}",
+            )
 
     # -- a cache that is used again
 
@@ -304,7 +326,9 @@ class Run:
     def cache_crop(self, inputs, rows):
         """Cropped between two parts of the prompt, and followed by others."""
         cache, (parts,) = self.filled(inputs), self.case.rows
-        check(cache.get_seq_length() == len(rows[0]), f"the cache holds {cache.get_seq_length()} tokens of {len(rows[0])}")
+        check(
+            cache.get_seq_length() == len(rows[0]), f"the cache holds {cache.get_seq_length()} tokens of {len(rows[0])}"
+        )
         before = self.beginning(rows[0], parts[: int(self.case.cut * (len(parts) + 1))])
         if len(before) < len(rows[0]):
             cache.crop(len(before) - len(rows[0]))
@@ -319,7 +343,11 @@ class Run:
                 length, position = length + number, position + number
                 continue
             layout = self.layout(part)
-            number = sum(layout.counts(self.pruning, part.kind)) if self.pruning.prunes else self.unpruned_length(part, layout)
+            number = (
+                sum(layout.counts(self.pruning, part.kind))
+                if self.pruning.prunes
+                else self.unpruned_length(part, layout)
+            )
             original = self.pruning.prunes and self.pruning.resolved("positions") == "original"
             length, position = length + number, position + (layout.length if original else number)
         return row.cut(length, position)
@@ -344,7 +372,9 @@ class Run:
 
     def cache_select(self, inputs, rows):
         order = list(range(len(rows)))[::-1][: max(1, len(rows) - 1)]
-        self.change_rows(inputs, rows, order, lambda cache, order: cache.batch_select_indices(order), "of selected rows")
+        self.change_rows(
+            inputs, rows, order, lambda cache, order: cache.batch_select_indices(order), "of selected rows"
+        )
 
     def cache_repeat(self, inputs, rows):
         order = [number for number in range(len(rows)) for _ in range(2)]
@@ -381,7 +411,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=at_least_one, default=2000, help="cases (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--first", type=int, default=0, metavar="CASE", help="number of the first case (default: %(default)s)")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="CASE", help="number of the first case (default: %(default)s)"
+    )
     parser.add_argument("--only", type=int, metavar="CASE", help="one case, in full")
     parser.add_argument("--output", help="where results go: OUTPUT.json (default: the terminal alone)")
     args = parser.parse_args()

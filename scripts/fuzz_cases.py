@@ -35,7 +35,20 @@ OPTIONS = {
 READS_TOWER = ("cdpruner", "trim")  # whose own relevance is "clip" where there is a text tower
 TEXT_TOWER = "TEXT_TOWER"  # stands for the folder of a small CLIP checkpoint
 # What is done with a cache. Those of `PADDED` take rows of different lengths.
-CACHES = ("none", "dynamic", "static", "offloaded", "beams", "crop", "second turn", "copy", "select", "repeat", "reorder", "reset")
+CACHES = (
+    "none",
+    "dynamic",
+    "static",
+    "offloaded",
+    "beams",
+    "crop",
+    "second turn",
+    "copy",
+    "select",
+    "repeat",
+    "reorder",
+    "reset",
+)
 PADDED = ("none", "dynamic", "static", "beams", "copy", "select", "repeat", "reorder")
 SHARE_SET = 0.3  # how often a case sets a key
 
@@ -112,7 +125,7 @@ def _draw_ratio(rng) -> float:
 def _draw_pruning(rng) -> dict:
     """A pruning block that the configuration takes."""
     make = code_module("configuration_rediprune").PruningConfig
-    methods = list(code_module("methods_rediprune").METHODS)
+    methods = list(code_module("methods_registry").METHODS)
     method = methods[rng.integers(len(methods))]
     while True:
         block = {"method": method, "keep_ratio": _draw_ratio(rng)}

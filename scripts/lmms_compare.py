@@ -58,7 +58,9 @@ def compare(expected: list, folder: Path, path: Path, setting: str, keep_ratio: 
     given = {"lmms-eval": answers_of_lmms_eval(folder), "evaluate.py": answers_of_evaluate(path, setting, keep_ratio)}
     for name, answers in given.items():
         if len(answers) != len(expected):
-            fail(f"{name} has {len(answers)} answers to {len(expected)} questions; use the same number of scenes for all")
+            fail(
+                f"{name} has {len(answers)} answers to {len(expected)} questions; use the same number of scenes for all"
+            )
     result = results_of_lmms_eval(folder)
     return {
         "model": result["config"]["model"],
@@ -66,9 +68,7 @@ def compare(expected: list, folder: Path, path: Path, setting: str, keep_ratio: 
         "setting": setting,
         "keep_ratio": keep_ratio,
         "lmms_eval_reports": result["results"][TASK]["accuracy,none"],
-        "accuracy": {
-            name: sum(map(str.__eq__, answers, expected)) / len(expected) for name, answers in given.items()
-        },
+        "accuracy": {name: sum(map(str.__eq__, answers, expected)) / len(expected) for name, answers in given.items()},
         "same_answers": sum(map(str.__eq__, *given.values())),
         "questions": len(expected),
     }
@@ -100,12 +100,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where the table goes: OUTPUT.md, OUTPUT.json")
     parser.add_argument("--questions", type=Path, required=True, help="questions.jsonl of the task's folder")
-    parser.add_argument("--pair", nargs=4, action="append", required=True, metavar=("FOLDER", "ANSWERS", "SETTING", "RATIO"))
+    parser.add_argument(
+        "--pair", nargs=4, action="append", required=True, metavar=("FOLDER", "ANSWERS", "SETTING", "RATIO")
+    )
     args = parser.parse_args()
     output = output_prefix(args.output)
     expected = [question["answer"] for question in read_lines(args.questions)]
     rows = [
-        compare(expected, Path(folder), Path(answers), setting, _ratio(ratio)) for folder, answers, setting, ratio in args.pair
+        compare(expected, Path(folder), Path(answers), setting, _ratio(ratio))
+        for folder, answers, setting, ratio in args.pair
     ]
     content = {"environment": environment(), "rows": rows}
     write_results(output, {".json": json.dumps(content, indent=1) + "\n", ".md": markdown(rows)})

@@ -65,7 +65,9 @@ def read_run(text: str) -> dict:
         fail(f"{name}: {path} holds no *_results.json; {REMEDY}")
     reports = [(file, read_json(file)) for file in files]
     tasks, model_args = {}, []
-    for file, report in sorted(reports, key=lambda item: str(item[1].get("date"))):  # of one task, the latest run counts
+    for file, report in sorted(
+        reports, key=lambda item: str(item[1].get("date"))
+    ):  # of one task, the latest run counts
         if not isinstance(report.get("results"), dict):
             fail(f"{file} has no results; {REMEDY}")
         tasks |= {task: metrics(result) for task, result in report["results"].items()}
@@ -136,12 +138,16 @@ def markdown(runs: list) -> str:
             row += time_cells(run.get("times"))
         rows.append(row)
     lines = table(header, rows)
-    lines += ["", f"± standard error as lmms-eval gives it; in brackets the share of the figure of {runs[0]['name']!r}."]
+    lines += [
+        "",
+        f"± standard error as lmms-eval gives it; in brackets the share of the figure of {runs[0]['name']!r}.",
+    ]
     if timed:
         devices = {f"{run['times']['device']}, {run['times']['dtype']}" for run in runs if "times" in run}
         lines.append(
             "Time: median over requests, from pixels to the answer, the vision tower included, reading the media not; on "
-            + "; ".join(sorted(devices)) + "."
+            + "; ".join(sorted(devices))
+            + "."
         )
     lines += [""] + [f"- {run['name']}: `{'`, `'.join(map(str, run['model_args']))}`" for run in runs]
     return "\n".join(lines) + "\n"

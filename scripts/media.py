@@ -32,9 +32,9 @@ def read_media(args) -> dict:
 
 def open_image(place):
     """An image as the processor reads it: RGB and upright."""
-    download = code_module("download_rediprune").download
+    download = code_module("inputs_download").download
     try:
-        return code_module("media_rediprune").read_image(str(place), "it", download)
+        return code_module("inputs_media").read_image(str(place), "it", download)
     except (OSError, ValueError) as error:
         fail(f"{place} cannot be read as an image: {error}")
 

@@ -10,9 +10,9 @@ it stopped, and one with a larger --number adds to it.
 
 Examples:
     python scripts/mutate.py --output runs/faults --number 100
-    python scripts/mutate.py --output runs/faults-selection --files selection_rediprune.py --number 40 --seed 1
+    python scripts/mutate.py --output runs/faults-selection --files ops_selection.py --number 40 --seed 1
     python scripts/mutate.py --output runs/faults-again --again runs/faults.json  # its survivors
-    python scripts/mutate.py --only selection_rediprune.py:430:1f0c2a  # one fault, in full
+    python scripts/mutate.py --only ops_selection.py:430:1f0c2a  # one fault, in full
 """
 
 import argparse
@@ -49,41 +49,40 @@ MODEL_TESTS = (
 PROCESSOR_TESTS = ("test_processing.py", "test_media.py", "test_videos.py", "test_chat.py", "test_processor_threads.py")
 # For each file the tests that are to notice its faults, likely ones first. A file that is not named has all tests.
 TESTS = {
-    "attention_rediprune.py": ("test_modeling.py", "test_cache.py", "test_generation.py"),
-    "cache_record_rediprune.py": ("test_cache.py", "test_generation.py", "test_prefill_chunks.py"),
-    "chat_rediprune.py": ("test_chat.py", "test_processing.py", "test_pipelines.py"),
-    "clip_rediprune.py": ("test_evoprune.py", "test_modeling.py", *METHOD_TESTS, "test_threads.py"),
+    "core_attention.py": ("test_modeling.py", "test_cache.py", "test_generation.py"),
+    "core_cache.py": ("test_cache.py", "test_generation.py", "test_prefill_chunks.py"),
+    "inputs_chat.py": ("test_chat.py", "test_processing.py", "test_pipelines.py"),
+    "vision_clip.py": ("test_evoprune.py", "test_modeling.py", *METHOD_TESTS, "test_threads.py"),
     "configuration_rediprune.py": ("test_configuration.py", "test_loading.py", "test_rediprune_plus.py", "test_joint_space.py"),
-    "download_rediprune.py": ("test_download.py",),
-    "geometry_rediprune.py": ("test_processing.py", "test_modeling.py", "test_true_size.py", "test_refusals.py"),
-    "joint_space_rediprune.py": ("test_joint_space.py", "test_untrusted.py"),
-    "linking_rediprune.py": ("test_loading.py", "test_linked.py", "test_export.py", "test_untrusted.py", "test_hub.py"),
-    "media_rediprune.py": ("test_media.py", "test_processing.py"),
-    "method_base_rediprune.py": METHOD_TESTS,
-    "method_cdpruner_rediprune.py": METHOD_TESTS,
-    "method_controls_rediprune.py": METHOD_TESTS,
-    "method_coverage_rediprune.py": METHOD_TESTS,
-    "method_divprune_rediprune.py": METHOD_TESTS,
-    "method_evoprune_rediprune.py": ("test_evoprune.py", *METHOD_TESTS, "test_tflops.py"),
-    "method_prumerge_rediprune.py": METHOD_TESTS,
-    "method_rediprune.py": ("test_rediprune_plus.py", *METHOD_TESTS),
-    "method_trim_rediprune.py": METHOD_TESTS,
-    "method_visionzip_rediprune.py": METHOD_TESTS,
-    "methods_rediprune.py": METHOD_TESTS,
+    "inputs_download.py": ("test_download.py",),
+    "core_layout.py": ("test_processing.py", "test_modeling.py", "test_true_size.py", "test_refusals.py"),
+    "vision_joint_space.py": ("test_joint_space.py", "test_untrusted.py"),
+    "hub_linking.py": ("test_loading.py", "test_linked.py", "test_export.py", "test_untrusted.py", "test_hub.py"),
+    "inputs_media.py": ("test_media.py", "test_processing.py"),
+    "methods_base.py": METHOD_TESTS,
+    "methods_relevance.py": METHOD_TESTS,
+    "methods_baselines.py": METHOD_TESTS,
+    "methods_coverage.py": METHOD_TESTS,
+    "methods_encoder.py": ("test_evoprune.py", *METHOD_TESTS, "test_tflops.py"),
+    "methods_attention.py": METHOD_TESTS,
+    "methods_distance.py": ("test_rediprune_plus.py", *METHOD_TESTS),
+    "methods_registry.py": METHOD_TESTS,
     "modeling_rediprune_llava.py": (
         *MODEL_TESTS, "test_evoprune.py", "test_methods_in_model.py", "test_rediprune_plus.py", "test_prefill_chunks.py",
         "test_joint_space.py", "test_words.py", "test_relevance.py", "test_loading.py", "test_linked.py", "test_export.py",
         "test_tensor_parallel.py", "test_pipelines.py",
     ),
-    "portability_rediprune.py": ("test_processing.py", "test_loading.py", "test_remote_code.py", "test_export.py"),
-    "positions_rediprune.py": ("test_modeling.py", "test_cache.py", "test_context.py"),
+    "hub_files.py": ("test_processing.py", "test_loading.py", "test_remote_code.py", "test_export.py"),
+    "core_positions.py": ("test_modeling.py", "test_cache.py", "test_context.py"),
     "processing_rediprune.py": (*PROCESSOR_TESTS, "test_joint_space.py", "test_words.py", "test_pipelines.py", "test_refusals.py"),
-    "relevance_rediprune.py": ("test_relevance.py", "test_modeling.py", "test_rediprune_plus.py", *METHOD_TESTS),
-    "selection_rediprune.py": ("test_selection.py", *METHOD_TESTS, "test_rediprune_plus.py"),
-    "tokenizing_rediprune.py": PROCESSOR_TESTS,
-    "untrusted_rediprune.py": ("test_untrusted.py", "test_loading.py"),
-    "video_rediprune.py": ("test_videos.py", "test_processing.py", "test_download.py"),
-    "words_rediprune.py": ("test_words.py",),
+    "ops_relevance.py": ("test_relevance.py", "test_modeling.py", "test_rediprune_plus.py", *METHOD_TESTS),
+    "ops_query.py": ("test_selection.py", *METHOD_TESTS),
+    "ops_tokens.py": ("test_selection.py", *METHOD_TESTS, "test_rediprune_plus.py"),
+    "ops_selection.py": ("test_selection.py", *METHOD_TESTS, "test_rediprune_plus.py"),
+    "inputs_tokenizing.py": PROCESSOR_TESTS,
+    "hub_untrusted.py": ("test_untrusted.py", "test_loading.py"),
+    "inputs_video.py": ("test_videos.py", "test_processing.py", "test_download.py"),
+    "inputs_words.py": ("test_words.py",),
     "scripts/benchmark.py": ("test_benchmark.py",),
     "scripts/benchmark_tables.py": ("test_benchmark.py",),
     "scripts/check_variant.py": ("test_check_variant.py", "test_export.py"),
@@ -102,7 +101,9 @@ TESTS = {
     "scripts/toy_world.py": ("test_toy_world.py",),
     "scripts/visualize_trace.py": ("test_visualize.py",),
 }  # fmt: skip
-LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "*.part")
+LEFT_BEHIND = shutil.ignore_patterns(
+    ".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "*.part"
+)
 SLOWER = 3  # times as long as without a fault is a hang
 NOTICED, SURVIVED, HUNG = "noticed", "SURVIVED", "noticed: ran too long"
 
@@ -110,11 +111,17 @@ NOTICED, SURVIVED, HUNG = "noticed", "SURVIVED", "noticed: ran too long"
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="where results go: OUTPUT.json, OUTPUT.md (not needed with --only or --list)")
-    parser.add_argument("--number", type=at_least_one, default=100, help="faults, drawn from all (default: %(default)s)")
+    parser.add_argument(
+        "--number", type=at_least_one, default=100, help="faults, drawn from all (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
-    parser.add_argument("--files", nargs="+", metavar="FILE", help="draw from these files (default: the code files in the root)")
+    parser.add_argument(
+        "--files", nargs="+", metavar="FILE", help="draw from these files (default: the code files in the root)"
+    )
     parser.add_argument("--tests", nargs="+", metavar="FILE", help="run these tests instead of those of `TESTS`")
-    parser.add_argument("--timeout", type=at_least_one, metavar="SECONDS", help=f"for one fault (default: {SLOWER} times the usual)")
+    parser.add_argument(
+        "--timeout", type=at_least_one, metavar="SECONDS", help=f"for one fault (default: {SLOWER} times the usual)"
+    )
     parser.add_argument("--again", type=Path, metavar="REPORT.json", help="put in the survivors of an earlier run")
     parser.add_argument("--only", metavar="FAULT", help="put in the one fault of this name, with what the tests print")
     parser.add_argument("--list", action="store_true", help="print the faults that would be put in, and run nothing")
@@ -256,12 +263,19 @@ def bench(args):
 def code_of(root: Path) -> str:
     """A hash of all code of a tree, its tests included."""
     files = sorted(path for folder in (".", "scripts", "tests") for path in (root / folder).glob("*.py"))
-    return hashlib.sha256(b"\n".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in files)).hexdigest()[:16]
+    return hashlib.sha256(
+        b"\n".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in files)
+    ).hexdigest()[:16]
 
 
 def run_all(args, faults: list) -> list:
     """The results of all faults, from the log where they are there."""
-    fingerprint = {"code": code_of(args.root), "tests": args.tests, "timeout": args.timeout, "python": sys.version.split()[0]}
+    fingerprint = {
+        "code": code_of(args.root),
+        "tests": args.tests,
+        "timeout": args.timeout,
+        "python": sys.version.split()[0],
+    }
     log = JsonLines(args.output.with_name(args.output.name + ".faults.jsonl"), fingerprint)
     with claimed(log.path):
         known = {record["fault"]: record for record in log.read()}
@@ -282,7 +296,10 @@ def shares(results: list, key: str) -> list:
     groups = defaultdict(list)
     for result in results:
         groups[result[key]].append(result["outcome"] != SURVIVED)
-    return [[name, str(len(group)), str(sum(group)), f"{sum(group) / len(group):.0%}"] for name, group in sorted(groups.items())]
+    return [
+        [name, str(len(group)), str(sum(group)), f"{sum(group) / len(group):.0%}"]
+        for name, group in sorted(groups.items())
+    ]
 
 
 def markdown(report: dict) -> str:
@@ -323,7 +340,11 @@ def main():
     else:
         faults = draw(args.root, args.files, args.number, args.seed)
     if not faults:
-        fail("there is nothing that a fault can be made of" if args.again is None else f"no fault survived in {args.again}")
+        fail(
+            "there is nothing that a fault can be made of"
+            if args.again is None
+            else f"no fault survived in {args.again}"
+        )
     if args.list:
         for fault in faults:
             print(f"{fault.id}, {fault.kind}:\n{fault.diff((args.root / fault.file).read_bytes())}\n")

@@ -33,10 +33,32 @@ ARITHMETIC = {
     ast.BitOr: ("|", "&"),
     ast.BitAnd: ("&", "|"),
 }
-NAMES = {"max": "min", "amax": "amin", "argmax": "argmin", "cummax": "cummin", "any": "all", "floor": "ceil", "mean": "sum"}
+NAMES = {
+    "max": "min",
+    "amax": "amin",
+    "argmax": "argmin",
+    "cummax": "cummin",
+    "any": "all",
+    "floor": "ceil",
+    "mean": "sum",
+}
 NAMES |= {other: name for name, other in NAMES.items()}
 # Calls without arguments that may be forgotten.
-CALLS = {"float", "double", "long", "bool", "clone", "detach", "abs", "sqrt", "log", "strip", "lower", "contiguous", "cpu"}
+CALLS = {
+    "float",
+    "double",
+    "long",
+    "bool",
+    "clone",
+    "detach",
+    "abs",
+    "sqrt",
+    "log",
+    "strip",
+    "lower",
+    "contiguous",
+    "cpu",
+}
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def untile(model, tiles: list, image_size) -> np.ndarray:
     """The tiles of an image put together, without their padding."""
     from importlib import import_module
 
-    geometry = import_module(type(model).__module__.rpartition(".")[0] + ".geometry_rediprune")
+    geometry = import_module(type(model).__module__.rpartition(".")[0] + ".core_layout")
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
     crop = geometry.crop_of_tiles(image_size, model.config.image_grid_pinpoints, vision.image_size, side)

@@ -45,7 +45,7 @@ TOLERANCE = 1e-4
 def settings() -> list:
     from repository import code_module
 
-    return [*code_module("methods_rediprune").METHODS, *VARIANTS]
+    return [*code_module("methods_registry").METHODS, *VARIANTS]
 
 
 def samples() -> list:
@@ -129,7 +129,9 @@ def main(argv=None):
             for line in differences(setting, records, logits, reference, tensors, args.exact)
         ]
         if not args.settings:
-            lines += [f"{setting}: in the reference, but no longer there" for setting in reference if setting not in found]
+            lines += [
+                f"{setting}: in the reference, but no longer there" for setting in reference if setting not in found
+            ]
         print("\n".join(lines) or f"{len(found)} settings x {len(samples())} samples: nothing differs")
         return int(bool(lines))
     write_whole(REFERENCE.with_suffix(".safetensors"), save({name: logits for name, (_, logits) in found.items()}))

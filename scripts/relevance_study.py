@@ -71,8 +71,8 @@ class Study:
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
-        self.relevance = code_module("relevance_rediprune")
-        self.selection = code_module("selection_rediprune")
+        self.relevance = code_module("ops_relevance")
+        self.query = code_module("ops_query")
         self.found = defaultdict(list)
 
     def words(self, question: str) -> torch.Tensor:
@@ -84,11 +84,14 @@ class Study:
 
     def candidates(self, features, projected, words):
         """Pairs (name, scores (N, L)) for sets of tokens."""
-        query = self.selection.build_query(words, "exponential")[None].expand(len(features), -1)
+        query = self.query.build_query(words, "exponential")[None].expand(len(features), -1)
         cosine = self.relevance.cosine_relevance
-        yield "pooled", cosine(features, self.selection.align_query(query, features.shape[-1]))
+        yield "pooled", cosine(features, self.query.align_query(query, features.shape[-1]))
         yield "projected", cosine(projected, query)
-        yield "projected, closest word", torch.stack([cosine(projected, word.expand_as(query)) for word in words]).amax(0)
+        yield (
+            "projected, closest word",
+            torch.stack([cosine(projected, word.expand_as(query)) for word in words]).amax(0),
+        )
         language_model = self.model.model.language_model
         for number, layer in enumerate(language_model.layers):
             read = self.relevance.read_question(language_model, words, number)
@@ -149,7 +152,10 @@ class Study:
 
 
 def markdown(record: dict) -> str:
-    by_scope = {scope: {row["relevance"]: row for row in record["rows"] if row["scope"] == scope} for scope in ("frame", "video")}
+    by_scope = {
+        scope: {row["relevance"]: row for row in record["rows"] if row["scope"] == scope}
+        for scope in ("frame", "video")
+    }
     lines = [
         "# How well relevance finds what a question asks about\n",
         f"Command: `{record['command']}`  ",
@@ -160,7 +166,9 @@ def markdown(record: dict) -> str:
         "| relevance | frame: all tokens | other objects | video: all tokens | other objects |\n|---|---|---|---|---|",
     ]
     for name in by_scope["frame"]:
-        cells = [by_scope[scope][name][key] for scope in by_scope for key in ("against_all_tokens", "against_other_objects")]
+        cells = [
+            by_scope[scope][name][key] for scope in by_scope for key in ("against_all_tokens", "against_other_objects")
+        ]
         lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

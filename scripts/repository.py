@@ -21,7 +21,12 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 ROOT = Path(__file__).resolve().parent.parent
-TOWER_FIELDS = {"cls_attention", "keys", "last_cls_attention", "last_keys"}  # what a method may need of the vision tower
+TOWER_FIELDS = {
+    "cls_attention",
+    "keys",
+    "last_cls_attention",
+    "last_keys",
+}  # what a method may need of the vision tower
 ENDINGS = (".json", ".md", ".png", ".html")  # of result files
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +48,9 @@ def code_module(name: str):
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=str(ROOT), help="folder or Hub id (default: the checkpoint of this repository)")
+    group.add_argument(
+        "--model", default=str(ROOT), help="folder or Hub id (default: the checkpoint of this repository)"
+    )
     group.add_argument("--revision", default="main", help="revision of a Hub id")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: as the checkpoint says")
@@ -286,7 +293,9 @@ class FeatureMemory:
         if getattr(self._thread, "goes_past", False):
             return self.encode(pixels, needs=needs, **kwargs)
         needs = frozenset(needs & TOWER_FIELDS)
-        keys = [hash(picture.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for picture in pixels]  # bfloat16 too
+        keys = [
+            hash(picture.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for picture in pixels
+        ]  # bfloat16 too
         pictures = dict(zip(keys, pixels))  # a batch asks several questions about one scene
         batch = (tuple(pictures), pixels.dtype, needs, repr(sorted(kwargs.items())))
         with self._lock:  # so that of two threads with one batch the second gets what the first computed

@@ -51,7 +51,7 @@ def parse_arguments():
 @torch.inference_mode()
 def measure_size(num_tokens: int, width: int, ratio: float, repeats: int) -> dict:
     """One row of the table: the seconds of both ways on the same tokens, and the chosen one."""
-    selection = code_module("selection_rediprune")
+    selection = code_module("ops_selection")
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(width, generator=generator) + torch.randn(1, num_tokens, width, generator=generator)
     relevance = torch.rand(1, num_tokens, generator=generator)
@@ -83,7 +83,15 @@ def markdown(report: dict) -> str:
         cells += [milliseconds(spread(alone)), milliseconds(spread(pairs))]
         cells += ["{median:.2f} ({low:.2f} to {high:.2f})".format(**share), row["chosen"]]
         rows.append([*cells, "yes" if row["same_tokens"] else "no"])
-    header = ["tokens x features", "kept", "row by row (ms)", "all pairs (ms)", "ratio of the two", "chosen", "same tokens"]
+    header = [
+        "tokens x features",
+        "kept",
+        "row by row (ms)",
+        "all pairs (ms)",
+        "ratio of the two",
+        "chosen",
+        "same tokens",
+    ]
     return "\n".join([*lines, "", *table(header, rows)]) + "\n"
 
 

@@ -78,7 +78,9 @@ def random_model(config, dtype=torch.bfloat16, device="cpu", attention: str = No
     if attention is not None:
         config._attn_implementation = attention
     with torch.device("meta"):
-        model = code_module("modeling_rediprune_llava").ReDiPruneLlavaNextVideoForConditionalGeneration(config).to(dtype)
+        model = (
+            code_module("modeling_rediprune_llava").ReDiPruneLlavaNextVideoForConditionalGeneration(config).to(dtype)
+        )
     model = model.to_empty(device=device).eval()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -27,11 +27,13 @@ def prefill(visual_tokens: int, text_tokens: int, layers: int = 32, width: int =
     return layers * layer_macs(visual_tokens + text_tokens, width, mlp_width) / 1e12
 
 
-def encoder(num_kept: int = CLIP_L_PATCHES, num_patches: int = CLIP_L_PATCHES, layers=23, width=1024, mlp_width=4096) -> float:
+def encoder(
+    num_kept: int = CLIP_L_PATCHES, num_patches: int = CLIP_L_PATCHES, layers=23, width=1024, mlp_width=4096
+) -> float:
     """The same of the vision encoder for one frame whose patches merge to `num_kept` (EvoPrune, reconstruction)."""
     schedule = {}
     if num_kept < num_patches:
-        schedule = code_module("method_evoprune_rediprune").merging_schedule(num_patches, num_kept, layers)
+        schedule = code_module("ops_merging").merging_schedule(num_patches, num_kept, layers)
     total, tokens = 0, num_patches + 1
     for layer in range(layers):
         total += 4 * tokens * width**2 + 2 * tokens**2 * width
@@ -57,25 +59,36 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=at_least_one, default=8)
     parser.add_argument("--keep-ratio", type=keep_ratio, nargs="+", default=[0.25, 0.15, 0.1, 0.05])
-    parser.add_argument("--text", type=at_least_one, default=60, help="text tokens of the prompt (default: %(default)s)")
+    parser.add_argument(
+        "--text", type=at_least_one, default=60, help="text tokens of the prompt (default: %(default)s)"
+    )
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
-    count_kept = code_module("selection_rediprune").count_kept
+    count_kept = code_module("ops_selection").count_kept
     frames, text = args.frames, args.text
     native, unpooled = prefill(144 * frames, text), prefill(576 * frames, text)
     print(f"LLaVA-NeXT-Video-7B, {frames} frames, {text} text tokens, in 10^12 multiply-adds")
     print(f"prefill, native (144 tokens a frame): {native:.3f}; without pooling (576 a frame): {unpooled:.3f}")
     print(f"vision encoder: {frames * encoder():.3f}\n")
-    header = "pooling, keep ratio, tokens, prefill, of native, of 576 a frame, encoder with evoprune, relevance attention"
+    header = (
+        "pooling, keep ratio, tokens, prefill, of native, of 576 a frame, encoder with evoprune, relevance attention"
+    )
     print("| " + header.replace(", ", " | ") + " |\n" + "|---" * 8 + "|")
     for pooling, size in (("before", 144), ("skip", 576)):
         for ratio in args.keep_ratio:
             kept = count_kept(size, ratio)
             cost = prefill(frames * kept, text)
-            row = [pooling, f"{ratio:g}", f"{frames} x {kept}", f"{cost:.3f}", f"{cost / native:.1%}", f"{cost / unpooled:.1%}"]
+            row = [
+                pooling,
+                f"{ratio:g}",
+                f"{frames} x {kept}",
+                f"{cost:.3f}",
+                f"{cost / native:.1%}",
+                f"{cost / unpooled:.1%}",
+            ]
             row += [f"{encoder(kept) / encoder():.1%}", f"{attention_relevance(frames * size, text):.3f}"]
             print("| " + " | ".join(row) + " |")
 

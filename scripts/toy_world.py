@@ -333,7 +333,9 @@ def _ask_colour(things, counted, size, rng):
 def _ask_shape(things, counted, size, rng):
     if choices := _alone(things, "colour"):
         thing = _pick(rng, choices)
-        form = _pick(rng, ("what shape is the {} thing?", "what is the {} object?", "which shape does the {} thing have?"))
+        form = _pick(
+            rng, ("what shape is the {} thing?", "what is the {} object?", "which shape does the {} thing have?")
+        )
         return Question("shape", form.format(thing.colour), thing.shape)
 
 
@@ -366,7 +368,9 @@ def _ask_presence(things, counted, size, rng):
 def _ask_motion(things, counted, size, rng):
     if choices := [thing for thing in things if thing.move]:
         thing = _pick(rng, choices)
-        form = _pick(rng, ("which way does the {} move?", "where is the {} going?", "in which direction does the {} move?"))
+        form = _pick(
+            rng, ("which way does the {} move?", "where is the {} going?", "in which direction does the {} move?")
+        )
         return Question("motion", form.format(thing.name), thing.move)
 
 

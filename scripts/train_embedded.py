@@ -290,7 +290,9 @@ def encode_scenes(model, kind: str, seeds: range) -> list[Sample]:
     image_processor = build_image_processor()
     samples = []
     for start in tqdm(range(seeds.start, seeds.stop, 16), f"features of {kind}s", mininterval=5):
-        scenes = [(sample_video if kind == "video" else sample_image)(s) for s in range(start, min(start + 16, seeds.stop))]
+        scenes = [
+            (sample_video if kind == "video" else sample_image)(s) for s in range(start, min(start + 16, seeds.stop))
+        ]
         if kind == "video":
             pixels = frames_to_pixels(np.concatenate([scene.frames for scene in scenes]))
             features = model.model.vision_resampler(encode(model, pixels))
@@ -363,7 +365,12 @@ class Packer:
         """`second_turns` (bool, one per question of all scenes) says which questions go on with the chat before them."""
         types, rows = [], []
         for questions in asked:
-            ids, segment, position, owner = list(prefix), [0] * len(prefix), list(range(len(prefix))), [-1] * len(prefix)
+            ids, segment, position, owner = (
+                list(prefix),
+                [0] * len(prefix),
+                list(range(len(prefix))),
+                [-1] * len(prefix),
+            )
             chat = 0
             for i, question in enumerate(questions):
                 follows = i > 0 and second_turns is not None and second_turns[len(types)]
@@ -451,13 +458,17 @@ class Questioner:
         second = None if rng is None else rng.random(sum(map(len, asked))) < SECOND_TURN_SHARE
         return self.packer(self.packer.prefix(placeholder, num_tokens), asked, second)
 
-    def videos(self, samples: list[Sample], features: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, Pack]:
+    def videos(
+        self, samples: list[Sample], features: torch.Tensor, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, Pack]:
         """All frames, all question types."""
         asked = [ask(sample.scene, VIDEO_PACK, rng) for sample in samples]
         visual = project(self.model, features)
         return visual, self._pack(VIDEO, visual.shape[1], asked, rng)
 
-    def frames(self, samples: list[Sample], features: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, Pack]:
+    def frames(
+        self, samples: list[Sample], features: torch.Tensor, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, Pack]:
         """One frame of each video and questions about what is visible in it: the first step of the curriculum."""
         times = rng.integers(NUM_FRAMES, size=len(samples))
         asked = []
@@ -467,7 +478,9 @@ class Questioner:
         visual = project(self.model, features[torch.arange(len(samples)), torch.from_numpy(times)][:, None])
         return visual, self._pack(VIDEO, visual.shape[1], asked, rng)
 
-    def images(self, samples: list[Sample], features: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, Pack]:
+    def images(
+        self, samples: list[Sample], features: torch.Tensor, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, Pack]:
         """Images, all of one size."""
         asked = [ask(sample.scene, IMAGE_PACK, rng) for sample in samples]
         visual = project(self.model, features, samples[0].scene.frames.shape[1:3])
@@ -620,7 +633,10 @@ def train_language(run: Run, model, tokenizer: Tokenizer, steps: int, peak: floa
         remember(recent, kind, pack, right)
         if (step + 1) % 100 == 0 or step + 1 == steps:
             run.log(
-                stage="language", step=step + 1, seconds=round(seconds), loss=round(loss.item(), 4),
+                stage="language",
+                step=step + 1,
+                seconds=round(seconds),
+                loss=round(loss.item(), 4),
                 position_loss=round(position_loss.item(), 4),
                 scenes={name: len(pool.samples) for name, pool in pools.items()},
                 training=averages(recent),
@@ -715,7 +731,12 @@ def export(model, tokenizer: Tokenizer, output: Path) -> None:
         "additional_special_tokens": [IMAGE, VIDEO],
         "added_tokens_decoder": {
             str(tokenizer.token_to_id(token)): {
-                "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
             }
             for token in SPECIAL_TOKENS
         },
@@ -802,22 +823,36 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number = {"type": int, "metavar": "N"}
     parser.add_argument("--output", type=Path, required=True, help="folder of the finished checkpoint")
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder for stage checkpoints, cached features and log")
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="folder for stage checkpoints, cached features and log"
+    )
     parser.add_argument("--seed", **number, default=0, help="seed of weights and batches (default: %(default)s)")
     parser.add_argument("--threads", **number, default=os.cpu_count(), help="CPU threads (default: one for each core)")
     parser.add_argument("--vision-steps", **number, default=900, help="default: %(default)s")
     parser.add_argument("--language-steps", **number, default=9000, help="default: %(default)s")
-    parser.add_argument("--frame-steps", **number, default=2000, help="language steps on single frames (default: %(default)s)")
-    parser.add_argument("--video-shards", **number, default=7, help=f"{SHARD} training videos each (default: %(default)s)")
-    parser.add_argument("--image-shards", **number, default=3, help=f"{SHARD} training images each (default: %(default)s)")
-    parser.add_argument("--shard-steps", **number, default=900, help="steps before the next shard is added (default: %(default)s)")
-    parser.add_argument("--evaluate", **number, default=200, help="held-out scenes of the final evaluation (default: %(default)s)")
+    parser.add_argument(
+        "--frame-steps", **number, default=2000, help="language steps on single frames (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--video-shards", **number, default=7, help=f"{SHARD} training videos each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image-shards", **number, default=3, help=f"{SHARD} training images each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shard-steps", **number, default=900, help="steps before the next shard is added (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluate", **number, default=200, help="held-out scenes of the final evaluation (default: %(default)s)"
+    )
     args = parser.parse_args()
     for name, value in vars(args).items():
         if isinstance(value, int) and value < (name in ("threads", "video_shards", "image_shards", "shard_steps")):
             parser.error(f"--{name.replace('_', '-')} {value}: too small")
     if args.evaluate > TABLES_START - FOLLOWED_SCENES.stop:
-        parser.error(f"--evaluate {args.evaluate}: at most {TABLES_START - FOLLOWED_SCENES.stop}, then come the scenes of the tables")
+        parser.error(
+            f"--evaluate {args.evaluate}: at most {TABLES_START - FOLLOWED_SCENES.stop}, then come the scenes of the tables"
+        )
     output_folder(args.output)
     output_folder(args.work_dir, "--work-dir")
     return args

@@ -53,7 +53,11 @@ def parse_arguments():
         help=f"default: {' '.join(DEFAULT_METHODS)}",
     )
     parser.add_argument(
-        "--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="ratios of the sheet (default: %(default)s)"
+        "--ratios",
+        nargs="+",
+        type=keep_ratio,
+        default=DEFAULT_RATIOS,
+        help="ratios of the sheet (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -119,8 +123,9 @@ def as_record(item, ratios) -> dict:
         "rank": [item.rank[part].tolist() for part in item.panel_slices],
         "first_ratio": [[round(item.ratios[step], 5) for step in item.entry[part]] for part in item.panel_slices],
         "looked_at": item.look_name,
-        "scores": None if item.look is None else
-        [[float(f"{value:.6g}") for value in item.look[part]] for part in item.panel_slices],
+        "scores": None
+        if item.look is None
+        else [[float(f"{value:.6g}") for value in item.look[part]] for part in item.panel_slices],
     }
 
 
@@ -140,7 +145,9 @@ def main():
     except (ValueError, OSError, ImportError) as error:
         fail(str(error))
     panels, run = prepared.panels(), environment(model)
-    title = f"{media_name(args)}, {traces[0][0].num_tokens} tokens in {len(panels)} {'panels' if args.image else 'frames'}"
+    title = (
+        f"{media_name(args)}, {traces[0][0].num_tokens} tokens in {len(panels)} {'panels' if args.image else 'frames'}"
+    )
     record = {
         "command": "python scripts/visualize.py " + shlex.join(sys.argv[1:]),
         "environment": run,

@@ -157,7 +157,9 @@ class Page:
                 self.text(x, self.y + 24, exhibit.detail, 14, SOFT, self.strip_width)
         self.y += 50
         for index, (item, colour) in enumerate(zip(group, colours_of(len(group)))):
-            for line, text in enumerate(wrapped(quoted(item.question), ImageFont.load_default(17), LABELS - 24, lines=5)):
+            for line, text in enumerate(
+                wrapped(quoted(item.question), ImageFont.load_default(17), LABELS - 24, lines=5)
+            ):
                 self.text(EDGE, self.y + 22 * line, text, 17, colour)
             for column, exhibit in enumerate(exhibits):
                 self.strip(column, exhibit.pictures[index])
@@ -194,7 +196,9 @@ class Page:
         self.y += 40
         if pairs:
             left, right, *_ = self.columns
-            self.text(left, self.y, f"kept at {ratio:g}: by both (white), by one (blue, orange)", 14, SOFT, self.strip_width)
+            self.text(
+                left, self.y, f"kept at {ratio:g}: by both (white), by one (blue, orange)", 14, SOFT, self.strip_width
+            )
             self.text(right, self.y, "compared by: higher for the first, the second", 14, SOFT, self.strip_width)
             self.y += 24
         for first, second in pairs:

@@ -133,7 +133,9 @@ class PreparedMedia:
         numbers = iter(range(number_of_media))
         prompt = chat_prompt(self.processor, self.media, question)
         read = {name: values.to(self.model.device) for name, values in caller.question_inputs([prompt]).items()}
-        prompt = re.sub(re.escape(token), lambda match: expand(self.pixels, next(numbers)), prompt, count=number_of_media)
+        prompt = re.sub(
+            re.escape(token), lambda match: expand(self.pixels, next(numbers)), prompt, count=number_of_media
+        )
         tokens = self.processor.tokenizer([prompt], return_tensors="pt").to(self.model.device)
         return {**tokens, **read, **self.on_device, "keep_ratio": pruning.keep_ratio}
 
@@ -143,7 +145,9 @@ class PreparedMedia:
             frames = to_pictures(self.pixels["pixel_values_videos"][0], self.processor.video_processor)
             return [Panel(f"frame {number}", frame) for number, frame in enumerate(frames, 1)]
         panels, several = [], len(self.media["images"]) > 1
-        for number, (pixels, size) in enumerate(zip(self.pixels["pixel_values"], self.pixels["image_sizes"].tolist()), 1):
+        for number, (pixels, size) in enumerate(
+            zip(self.pixels["pixel_values"], self.pixels["image_sizes"].tolist()), 1
+        ):
             name = f"image {number}, " if several else ""
             views = to_pictures(pixels, self.processor.image_processor)
             panels.append(Panel(name + "base view", views[0]))
@@ -168,7 +172,7 @@ def ratio_grid(model, prepared: PreparedMedia, pruning, asked, max_steps: int) -
     """The ratios that are asked for, and one for each count of the largest set of tokens, but at most `max_steps`."""
     inputs = prepared.inputs("?", pruning.with_keep_ratio(1.0))
     model.config.pruning = pruning
-    pruned, token_sets = pruning.with_keep_ratio(asked[0]), code_module("geometry_rediprune").token_sets
+    pruned, token_sets = pruning.with_keep_ratio(asked[0]), code_module("core_layout").token_sets
     media = model.select_tokens(**inputs)
     steps = min(max_steps, max(size for medium in media for _, size in token_sets(medium.grids, pruned)))
     return sorted({*asked, *((step + 1) / steps for step in range(steps))})
@@ -193,7 +197,7 @@ def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, 
         setting=setting,
         pruning=pruning.to_dict(),
         grids=[(grid.height, grid.width) for _, grid in grids],
-        joint=code_module("geometry_rediprune").taken_jointly(media[0].grids, pruning.with_keep_ratio(ratios[0])),
+        joint=code_module("core_layout").taken_jointly(media[0].grids, pruning.with_keep_ratio(ratios[0])),
         medium_of=[number for number, _ in grids],
         ratios=list(ratios),
         counts=np.array(counts),

@@ -183,7 +183,9 @@ class Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Problem(401, "", "Invalid user token")
         role = "write" if may_write else "read"
-        self.answer({"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": role, "displayName": "t"}}})
+        self.answer(
+            {"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": role, "displayName": "t"}}}
+        )
 
     @route("GET", rf"/api/models/{REPO}(?:/revision/(?P<revision>.+))?")
     def info(self, repo, revision):
@@ -248,14 +250,18 @@ class Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Problem(401, "", "Invalid user token")
         if not may_write or name.partition("/")[0] != user:
-            raise Problem(403, "", f"You don't have the rights to create a model under the namespace {name.partition('/')[0]!r}")
+            raise Problem(
+                403, "", f"You don't have the rights to create a model under the namespace {name.partition('/')[0]!r}"
+            )
         exists = name in self.server_hub.repositories
         if not exists:
             private = values.get("private") or values.get("visibility") == "private"
             repository = self.server_hub.repositories[name] = Repository(user, private=bool(private))
             repository.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")})
         content = {"url": f"{self.server_hub.url}/{name}", "name": name, "id": name}
-        self.answer({**content, "error": "You already created this model repo"} if exists else content, 409 if exists else 200)
+        self.answer(
+            {**content, "error": "You already created this model repo"} if exists else content, 409 if exists else 200
+        )
 
     @route("POST", r"/api/validate-yaml")
     def validate(self):
@@ -274,17 +280,19 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repo, revision):
         _, files = self.files(self.repository(repo, write=True), revision)
         asked = json.loads(self.body)["files"]
-        self.answer({
-            "files": [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["size"] >= LFS_SIZE else "regular",
-                    "shouldIgnore": False,
-                    "oid": files[file["path"]].etag if file["path"] in files else None,
-                }
-                for file in asked
-            ]
-        })
+        self.answer(
+            {
+                "files": [
+                    {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if file["size"] >= LFS_SIZE else "regular",
+                        "shouldIgnore": False,
+                        "oid": files[file["path"]].etag if file["path"] in files else None,
+                    }
+                    for file in asked
+                ]
+            }
+        )
 
     @route("POST", rf"/{REPO}\.git/info/lfs/objects/batch")
     def lfs_batch(self, repo):
@@ -294,7 +302,10 @@ class Handler(BaseHTTPRequestHandler):
             entry = {"oid": wanted["oid"], "size": wanted["size"], "authenticated": True}
             if wanted["oid"] not in self.server_hub.objects:
                 upload = {"href": f"{self.server_hub.url}/lfs/{wanted['oid']}", "header": {}}
-                entry["actions"] = {"upload": upload, "verify": {"href": f"{self.server_hub.url}/lfs-verify", "header": {}}}
+                entry["actions"] = {
+                    "upload": upload,
+                    "verify": {"href": f"{self.server_hub.url}/lfs-verify", "header": {}},
+                }
             objects.append(entry)
         self.answer({"transfer": "basic", "objects": objects}, headers={"Content-Type": "application/vnd.git-lfs+json"})
 

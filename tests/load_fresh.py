@@ -34,9 +34,7 @@ for name in (
     if hasattr(transformers, name):
         model = getattr(transformers, name).from_pretrained(folder, **trust).eval()
         assert torch.equal(model(**inputs).logits, logits), name
-        assert "rediprune" in type(model).__module__ and type(model).__module__.startswith(
-            "transformers_modules."
-        )
+        assert "rediprune" in type(model).__module__ and type(model).__module__.startswith("transformers_modules.")
         loaded.append(name)
 
 other = transformers.AutoModelForImageTextToText.from_pretrained(folder, pruning={"keep_ratio": 0.6}, **trust)

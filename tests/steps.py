@@ -101,10 +101,13 @@ def load_by_id(repo, first) -> dict:
     for auto_class in auto_classes():
         model = auto_class.from_pretrained(repo, trust_remote_code=True)
         classes[auto_class.__name__] = type(model).__name__
-    private = {key: fails(call, f"{repo}-private", trust_remote_code=True, token=False) for key, call in {
-        "model": transformers.AutoModelForImageTextToText.from_pretrained,
-        "processor": AutoProcessor.from_pretrained,
-    }.items()}
+    private = {
+        key: fails(call, f"{repo}-private", trust_remote_code=True, token=False)
+        for key, call in {
+            "model": transformers.AutoModelForImageTextToText.from_pretrained,
+            "processor": AutoProcessor.from_pretrained,
+        }.items()
+    }
     parts = {
         auto_class.__name__: type(auto_class.from_pretrained(repo, trust_remote_code=True)).__name__
         for auto_class in (transformers.AutoTokenizer, transformers.AutoImageProcessor, transformers.AutoVideoProcessor)

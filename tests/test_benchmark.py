@@ -16,7 +16,7 @@ from benchmark_selection import compare, measure_size, plain_select
 from benchmark_tables import COLUMNS, _goal, markdown, spread, summarise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rediprune.selection_rediprune import select_rediprune
+from rediprune.ops_selection import select_rediprune
 from repository import StageTimer, write_whole
 from shapes import SHAPES, random_model, shape_config
 from tiny import PATCHES, POOLED, tiny_config, tiny_model
@@ -54,7 +54,10 @@ def report(tiny, monkeypatch, tmp_path):
 
 def test_a_report_has_every_setting_beside_the_unpruned_model(report):
     settings_ = [(row["method"], row["keep_ratio"]) for row in report["rows"]]
-    assert settings_ == [("unpruned", 1.0), *((name, ratio) for name in ("rediprune", "random") for ratio in (0.5, 0.25))]
+    assert settings_ == [
+        ("unpruned", 1.0),
+        *((name, ratio) for name in ("rediprune", "random") for ratio in (0.5, 0.25)),
+    ]
     assert [row["visual_tokens"] for row in report["rows"]] == [2 * POOLED, *[2 * POOLED // 2, 2 * POOLED // 4] * 2]
     for row in report["rows"]:
         assert row["error"] is None
@@ -129,7 +132,8 @@ def test_results_survive_a_round_trip(report, monkeypatch, tmp_path, capsys):
 
 def test_inputs_are_the_same_for_every_setting(tiny):
     unpruned, pruned = (
-        benchmark.random_inputs(tiny, tiny.config.pruning.with_keep_ratio(ratio), 3, 2, 30, seed=5) for ratio in (1.0, 0.25)
+        benchmark.random_inputs(tiny, tiny.config.pruning.with_keep_ratio(ratio), 3, 2, 30, seed=5)
+        for ratio in (1.0, 0.25)
     )
     assert torch.equal(unpruned["pixel_values_videos"], pruned["pixel_values_videos"])
     is_word = [ids != tiny.config.video_token_id for ids in (unpruned["input_ids"], pruned["input_ids"])]
@@ -384,7 +388,18 @@ def test_measuring_one_size_of_selection():
 
 def test_the_selection_report(monkeypatch, tmp_path):
     monkeypatch.setattr("benchmark_selection.SIZES", ((1, 20), (2, 30)))
-    arguments = ["--selection", "--ratios", 0.1, 0.2, "--repeats", 1, "--threads", 1, "--output", tmp_path / "selection"]
+    arguments = [
+        "--selection",
+        "--ratios",
+        0.1,
+        0.2,
+        "--repeats",
+        1,
+        "--threads",
+        1,
+        "--output",
+        tmp_path / "selection",
+    ]
     call(monkeypatch, *arguments)
     report = json.loads((tmp_path / "selection.json").read_text())
     assert [(row["frames"], row["tokens"], row["kept"]) for row in report["rows"]] == [

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from rediprune.cache_record_rediprune import read_record
+from rediprune.core_cache import read_record
 from tiny import random_image, random_video, tiny_model, tiny_processor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -53,7 +53,11 @@ def one_prompt(processor, row=0, text=None):
 
 def batch(processor):
     return processor(
-        text=PROMPTS, images=[random_image(1)], videos=[random_video(0), random_video(2)], padding=True, padding_side="left"
+        text=PROMPTS,
+        images=[random_image(1)],
+        videos=[random_video(0), random_video(2)],
+        padding=True,
+        padding_side="left",
     )
 
 
@@ -222,7 +226,13 @@ def test_text_and_unpruned_media_before_the_first_pruned_one(model, processor):
     handle = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
-    model(**{**image, "input_ids": torch.cat(parts[:2], dim=1), "attention_mask": torch.ones(1, total - parts[2].shape[1])})
+    model(
+        **{
+            **image,
+            "input_ids": torch.cat(parts[:2], dim=1),
+            "attention_mask": torch.ones(1, total - parts[2].shape[1]),
+        }
+    )
     handle.remove()
     embeds = torch.cat([seen["inputs_embeds"], model.get_input_embeddings()(parts[2])], dim=1)
     everything = {**video, "inputs_embeds": embeds, "attention_mask": torch.ones(1, total, dtype=torch.long)}

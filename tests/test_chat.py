@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from rediprune.chat_rediprune import BREAK, plain_text
+from rediprune.inputs_chat import BREAK, plain_text
 from test_processing import IMAGE, VIDEO, chat, count, expected_image_count, user
 from tiny import POOLED, random_image, random_video, tiny_processor
 

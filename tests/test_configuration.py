@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
-from rediprune.methods_rediprune import METHODS
+from rediprune.methods_registry import METHODS
 from tiny import random_video, tiny_config
 from transformers import LlavaNextVideoConfig
 
@@ -245,7 +245,10 @@ def test_a_block_of_the_wrong_type(block, tmp_path):
             "proportional_attention is True.*merges tokens inside.*leave proportional_attention at None",
         ),
         ({"method": "evoprune", "merging": 0.2}, "merging is 0.2.*merges tokens inside.*leave merging at None"),
-        ({"words": "content", "relevance": "attention"}, "words is 'content'.*relevance='attention' reads.*set words to 'all'"),
+        (
+            {"words": "content", "relevance": "attention"},
+            "words is 'content'.*relevance='attention' reads.*set words to 'all'",
+        ),
         (
             {"candidate_pool": "algorithm1", "query_weighting": "none"},
             "candidate_pool='algorithm1'.*query_weighting",
@@ -373,9 +376,7 @@ BLOCKS = st.fixed_dictionaries(
         "method": st.sampled_from(list(METHODS)),
         "keep_ratio": st.floats(0, 1, exclude_min=True) | st.just(1),
         "alpha": st.floats(-1e6, 1e6) | st.integers(-5, 5),
-        "query_weighting": st.sampled_from(
-            ["exponential", "self_attention", "middle_peak", "average", "none"]
-        ),
+        "query_weighting": st.sampled_from(["exponential", "self_attention", "middle_peak", "average", "none"]),
         "query_max_tokens": st.integers(1, 10**6),
         "pooling": st.sampled_from(["before", "skip"]),
         "positions": st.sampled_from(["compact", "original"]),
@@ -418,7 +419,9 @@ def test_a_ratio_for_one_call_is_a_copy_and_is_checked():
 
 
 @pytest.mark.parametrize(
-    "value", [np.float64(0.25), np.float32(0.25), np.array(0.25), torch.tensor(0.25), torch.tensor(0.25).bfloat16()], ids=type
+    "value",
+    [np.float64(0.25), np.float32(0.25), np.array(0.25), torch.tensor(0.25), torch.tensor(0.25).bfloat16()],
+    ids=type,
 )
 def test_scalars_of_numpy_and_torch_are_the_numbers_that_they_hold(value, config):
     config.pruning.keep_ratio = value
@@ -434,7 +437,9 @@ def test_what_need_not_be_whole_is_a_float_and_what_must_be_is_not():
     )  # fmt: skip
     assert type(block.seed) is type(block.query_max_tokens) is int and block.proportional_attention is True
     assert type(block.method) is str
-    assert all(type(getattr(block, key)) is float for key in ("keep_ratio", "alpha", "time_weight", "merging", "threshold"))
+    assert all(
+        type(getattr(block, key)) is float for key in ("keep_ratio", "alpha", "time_weight", "merging", "threshold")
+    )
     assert json.loads(json.dumps(block.to_dict())) == block.to_dict()
 
 
@@ -459,7 +464,11 @@ def test_a_stride_that_pools_nothing_is_refused(value, config, tmp_path):
             make()
 
 
-@pytest.mark.parametrize("value", [[], [336, 672], [[336]], [[0, 336]], [[336, 672.0]], [["336", "672"]], 336, "336x672", [None]])
+@pytest.mark.parametrize(
+    "value", [[], [336, 672], [[336]], [[0, 336]], [[336, 672.0]], [["336", "672"]], 336, "336x672", [None]]
+)
 def test_pinpoints_that_are_no_sizes_are_refused(value, config):
-    with pytest.raises(ValueError, match="'image_grid_pinpoints' is .*, but must be a list of sizes .height, width. in pixels"):
+    with pytest.raises(
+        ValueError, match="'image_grid_pinpoints' is .*, but must be a list of sizes .height, width. in pixels"
+    ):
         config.image_grid_pinpoints = value

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rediprune.download_rediprune import _redirected, download
+from rediprune.inputs_download import _redirected, download
 from tiny import grey_video, random_image, tiny_processor, write_video
 
 FOREVER = threading.Event()  # never set
@@ -377,7 +377,7 @@ def test_the_message_for_a_playlist(processor, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["ended", "concat"])
 def test_a_format_that_nobody_knew_to_refer_to_others_leads_nowhere_either(processor, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("rediprune.video_rediprune.REFERRING_FORMATS", set())
+    monkeypatch.setattr("rediprune.inputs_video.REFERRING_FORMATS", set())
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "stream.ts", grey_video(4))
     path = tmp_path / f"list.{ENDINGS[kind]}"

@@ -123,7 +123,9 @@ def test_processes_share_the_batches_and_give_the_same_answers(monkeypatch, tmp_
 def test_answers_of_other_code_are_not_taken_over(monkeypatch, tmp_path):
     evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
     monkeypatch.setattr(importlib.import_module("evaluate"), "code_fingerprint", lambda *objects: "0" * 16)
-    with pytest.raises(SystemExit, match="belongs to another run .* where `code` differs, the checkout that began the run"):
+    with pytest.raises(
+        SystemExit, match="belongs to another run .* where `code` differs, the checkout that began the run"
+    ):
         evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
 
 
@@ -209,7 +211,9 @@ def test_nobody_measures_on_scenes_that_training_or_choices_were_made_on(monkeyp
     monkeypatch.setattr(sys, "argv", ["relevance_study.py", "--output", str(tmp_path / "a")])
     study = relevance_study.parse_arguments()
     chosen_on = range(study.first_scene, study.first_scene + study.scenes)
-    followed = range(train_embedded.FOLLOWED_SCENES.start, train_embedded.FOLLOWED_SCENES.stop + 1000)  # README: final 1000
+    followed = range(
+        train_embedded.FOLLOWED_SCENES.start, train_embedded.FOLLOWED_SCENES.stop + 1000
+    )  # README: final 1000
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(tmp_path / "a")])
     tables = importlib.import_module("evaluate").parse_arguments()
     tables = range(tables.first_scene, tables.first_scene + tables.scenes)
@@ -288,7 +292,9 @@ def test_the_words_are_those_of_the_other_question(loaded):
     caller.pruning = PruningConfig(method="mmtok")
     script = SimpleNamespace(model=model, processor=caller, other_query=SimpleNamespace(tokens=None))
     for query, words in (("constant", {"see"}), ("own", None)):
-        inputs = module.Evaluation.inputs(script, questions, module.setting(f"mmtok,query={query}"), (0, len(questions)), 0.25)
+        inputs = module.Evaluation.inputs(
+            script, questions, module.setting(f"mmtok,query={query}"), (0, len(questions)), 0.25
+        )
         found = {processor.decode(row[row >= 0]).strip() for row in inputs["word_input_ids"]}
         assert found == words if words else len(found) > 2
 
@@ -344,7 +350,9 @@ def test_agreement_is_with_the_unpruned_model_and_not_with_the_right_answers():
 
 def test_the_interval_holds_95_percent():
     found = interval(np.tile([1.0, 0.0], 200), np.arange(400))
-    half_width = 1.96 * 0.5 / 20  # of a share of one half in 400 independent scenes; 90 % would be 1.645 * 0.5 / 20 = 0.041
+    half_width = (
+        1.96 * 0.5 / 20
+    )  # of a share of one half in 400 independent scenes; 90 % would be 1.645 * 0.5 / 20 = 0.041
     assert found["low"] == pytest.approx(0.5 - half_width, abs=0.004)
     assert found["high"] == pytest.approx(0.5 + half_width, abs=0.004)
 
@@ -379,7 +387,9 @@ def test_times_include_the_vision_tower_and_are_kept(monkeypatch, tmp_path, coun
     count_answers.batches.clear()
     report = evaluate(monkeypatch, tmp_path / "a", *arguments, "--time", 1, "--plots")
     batches = count_answers.batches
-    assert len(batches) == 3 * 2 and encoded == [8 * questions for questions in batches]  # every frame of every question
+    assert len(batches) == 3 * 2 and encoded == [
+        8 * questions for questions in batches
+    ]  # every frame of every question
     assert all(row["time"]["rounds"] == 1 and row["time"]["seconds_per_question"] > 0 for row in report["rows"])
     assert all((tmp_path / f"a.video-{name}.png").stat().st_size > 1000 for name in ("tokens", "time"))
     assert "the vision tower included" in (tmp_path / "a.md").read_text()
@@ -413,7 +423,10 @@ def test_visual_tokens_are_counted(loaded):
         (["--settings", "rediprune,query=other", "--scenes", "1"], "give at least --scenes 2"),
         (["--seeds", "0"], "'0' is not a number of at least 1"),
         (["--scenes", "many"], "'many' is not a number of at least 1"),
-        (["--first-scene", "5"], "--first-scene 5 --scenes 300: held-out scenes have the numbers 1000000000 to 1999999999"),
+        (
+            ["--first-scene", "5"],
+            "--first-scene 5 --scenes 300: held-out scenes have the numbers 1000000000 to 1999999999",
+        ),
         (["--first-scene", "1999999990"], "--first-scene 1999999990 --scenes 300: held-out scenes"),
         (["--first-scene", "first"], "invalid int value: 'first'"),
     ],

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rediprune.clip_rediprune import encode_and_merge, read_attention, run_tower, transformer
-from rediprune.geometry_rediprune import split_budget
-from rediprune.method_evoprune_rediprune import merge_tokens, merging_schedule
-from rediprune.positions_rediprune import pooled_places
+from rediprune.core_layout import split_budget
+from rediprune.core_positions import pooled_places
+from rediprune.ops_merging import merge_tokens, merging_schedule
+from rediprune.vision_clip import encode_and_merge, read_attention, run_tower, transformer
 from tiny import IMAGE_SIZE, PATCHES
 
 
@@ -45,8 +45,9 @@ def test_split_budget(sizes, share):
     assert all(0 <= part <= size and abs(part - share * size) <= 1 + 1e-9 + share for part, size in zip(parts, sizes))
 
 
-@pytest.mark.parametrize("side, stride, cells", [(4, 2, [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]),
-                                                 (3, 2, [0] * 9)])
+@pytest.mark.parametrize(
+    "side, stride, cells", [(4, 2, [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]), (3, 2, [0] * 9)]
+)
 def test_pooled_places(side, stride, cells):
     assert pooled_places(torch.arange(side**2), side, stride).tolist() == cells
 

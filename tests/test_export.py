@@ -11,7 +11,7 @@ import export
 import pytest
 import torch
 from exporting import broken, leftovers, refused, run
-from rediprune.methods_rediprune import METHODS
+from rediprune.methods_registry import METHODS
 from tiny import POOLED, random_image, random_video, save_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
@@ -42,7 +42,12 @@ def test_everything_of_a_variant(base, tmp_path, capsys):
     assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     card = (tmp_path / "variant" / "README.md").read_text()
-    for piece in ("library_name: transformers", "pipeline_tag: image-text-to-text", "576 of them 173 stay", "`uniform`"):
+    for piece in (
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "576 of them 173 stay",
+        "`uniform`",
+    ):
         assert piece in card
     assert f"in {len(names)} files" in capsys.readouterr().out
 
@@ -78,7 +83,9 @@ def test_every_key_of_the_pruning_block_has_an_option(base, tmp_path):
         method="rediprune_plus", keep_ratio=0.3, scope="medium", relevance="projected", relevance_layer=0, time_weight=0.5,
         distance="features", proportional_attention=False, candidate_pool="algorithm1", max_candidates=9, positions="compact",
     ).to_dict()  # fmt: skip
-    options = [piece for key, value in block.items() for piece in (f"--{key.replace('_', '-')}", export.json.dumps(value))]
+    options = [
+        piece for key, value in block.items() for piece in (f"--{key.replace('_', '-')}", export.json.dumps(value))
+    ]
     run(base, "--output", tmp_path / "variant", *(piece.strip('"') for piece in options))
     assert json.loads((tmp_path / "variant" / "config.json").read_text())["pruning"] == block
 
@@ -277,7 +284,10 @@ def test_a_variant_of_every_method_answers_about_batches(base, tmp_path, method)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "variant", trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "variant", trust_remote_code=True)
     assert model.config.pruning.method == processor.pruning.method == method
-    for kind, media in {"video": [random_video(1), random_video(2)], "image": [random_image(1), random_image(2)]}.items():
+    for kind, media in {
+        "video": [random_video(1), random_video(2)],
+        "image": [random_image(1), random_image(2)],
+    }.items():
         text = [f"USER : <{kind}> what colour is the star ? ASSISTANT :", f"<{kind}> where ?"]
         inputs = processor(text=text, **{f"{kind}s": media}, padding=True, return_tensors="pt")
         answers = model.generate(**inputs, max_new_tokens=2, do_sample=False)

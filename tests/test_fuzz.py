@@ -9,9 +9,9 @@ import pytest
 import rediprune.modeling_rediprune_llava as modeling
 import torch
 from fuzz_cases import CACHES, draw_case
-from rediprune.method_base_rediprune import Method
-from rediprune.methods_rediprune import METHODS
-from rediprune.selection_rediprune import count_kept
+from rediprune.methods_base import Method
+from rediprune.methods_registry import METHODS
+from rediprune.ops_selection import count_kept
 
 MANY = 150
 

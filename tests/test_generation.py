@@ -79,7 +79,9 @@ def ready(model):
 def prompt(processor, name, **kwargs):
     text, numbers = MEDIA[name]
     media = {
-        "images": [random_image(seed, size) for seed, size in enumerate([(40, 48), (20, 60)][: numbers.get("images", 0)])],
+        "images": [
+            random_image(seed, size) for seed, size in enumerate([(40, 48), (20, 60)][: numbers.get("images", 0)])
+        ],
         "videos": [random_video(seed) for seed in range(numbers.get("videos", 0))],
     }
     return processor(text=text, padding=True, **{kind: items for kind, items in media.items() if items}, **kwargs)
@@ -228,7 +230,9 @@ def test_going_on_from_a_cache_with_embeddings(model, inputs):
     assert torch.equal(found, new_tokens(model, inputs)[:, 3:])
 
 
-@pytest.mark.skipif(not IS_5, reason="generate of 4.57 stays at the last of them in every step, of the stock class, too")
+@pytest.mark.skipif(
+    not IS_5, reason="generate of 4.57 stays at the last of them in every step, of the stock class, too"
+)
 def test_positions_of_the_caller_are_those_of_the_pruned_prompt(model, inputs):
     found = new_tokens(model, {**inputs, "position_ids": positions(inputs)})
     assert torch.equal(found, new_tokens(model, inputs))

@@ -19,7 +19,7 @@ from tiny import save_stock_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 OTHER_PYTHON = os.environ.get("OTHER_PYTHON")
 needs_other = pytest.mark.skipif(not OTHER_PYTHON, reason="OTHER_PYTHON does not name the other line's interpreter")
-CODE = sorted(path.name for path in ROOT.glob("*_rediprune*.py"))
+CODE = sorted(path.name for path in ROOT.glob("*.py"))
 AUTO_KEYS = {
     "AutoConfig",
     "AutoModel",
@@ -100,14 +100,19 @@ def pushed(hub, variant, tmp_path_factory):
 
 def test_push_brings_every_file(pushed):
     assert set(CODE) <= set(pushed["files"])
-    assert {"config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json"} <= set(pushed["files"])
+    assert {"config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json"} <= set(
+        pushed["files"]
+    )
 
 
 def check_loaded(loaded, pushed, repo="me/tiny"):
     assert loaded["config"] == "ReDiPruneConfig"
     assert set(loaded["auto_map"]) == AUTO_KEYS
     assert set(loaded["classes"].values()) == {"ReDiPruneLlavaNextVideoForConditionalGeneration"}
-    kinds = {"AutoTokenizer": "PreTrainedTokenizerFast|TokenizersBackend", "AutoImageProcessor": "LlavaNextImageProcessor"}
+    kinds = {
+        "AutoTokenizer": "PreTrainedTokenizerFast|TokenizersBackend",
+        "AutoImageProcessor": "LlavaNextImageProcessor",
+    }
     for name, kind in {**kinds, "AutoVideoProcessor": "LlavaNextVideoVideoProcessor"}.items():
         assert re.match(kind, loaded["parts"][name]), loaded["parts"]
     assert loaded["pipeline"] == "ReDiPruneProcessor"
@@ -131,7 +136,9 @@ def test_other_line_loads_what_this_one_pushed(hub, pushed, tmp_path):
 @needs_other
 def test_this_line_loads_what_the_other_one_pushed(hub, variant, tmp_path):
     pushed = run_step("push", hub, tmp_path / "a", python=OTHER_PYTHON, folder=variant, repo="me/other")
-    check_loaded(run_step("load_by_id", hub, tmp_path / "b", repo="me/other", first=pushed["first"]), pushed, "me/other")
+    check_loaded(
+        run_step("load_by_id", hub, tmp_path / "b", repo="me/other", first=pushed["first"]), pushed, "me/other"
+    )
 
 
 def test_offline_after_a_download(hub, pushed, tmp_path):
@@ -165,7 +172,15 @@ def test_linked_variant_on_the_hub(hub, base, variant, tmp_path):
     planned = run_export("me/base", "--output", tmp_path / "planned", "--dry-run", hub=hub, home=tmp_path / "a")
     assert re.search(r"\d kB  model.safetensors\n", planned) and not (tmp_path / "planned").exists()
     stdout = run_export(
-        "me/base", "--link", "--keep-ratio", 0.25, "--push-to-hub", "me/linked", hub=hub, home=tmp_path / "a", check=True
+        "me/base",
+        "--link",
+        "--keep-ratio",
+        0.25,
+        "--push-to-hub",
+        "me/linked",
+        hub=hub,
+        home=tmp_path / "a",
+        check=True,
     )
     assert "bit for bit" in stdout
     files = hub.repositories["me/linked"].commits[hub.repositories["me/linked"].branches["main"]]
@@ -187,7 +202,9 @@ def test_linked_variant_on_the_hub(hub, base, variant, tmp_path):
     assert_same(found["materialised"]["fingerprint"], found["loaded"])
     assert_same(run_step("linked_offline", hub, home, offline=True, repo="me/linked"), found["loaded"])
     if OTHER_PYTHON:
-        assert_same(run_step("linked_offline", hub, tmp_path / "c", python=OTHER_PYTHON, repo="me/linked"), found["loaded"])
+        assert_same(
+            run_step("linked_offline", hub, tmp_path / "c", python=OTHER_PYTHON, repo="me/linked"), found["loaded"]
+        )
 
 
 def test_a_link_that_is_not_pinned(hub, base, tmp_path):
@@ -276,7 +293,7 @@ def test_what_cannot_be_loaded_says_why(hub, base, variant, tmp_path):
         "no code": broken("no-code"),
         "truncated": broken("truncated"),
     }
-    for path in cases["no code"].glob("*_rediprune*.py"):
+    for path in cases["no code"].glob("*.py"):
         path.unlink()
     weights = cases["truncated"] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -305,7 +322,16 @@ def test_sizes_of_copy_and_link(base, variant, tmp_path):
 
 
 def test_export_pushes_to_a_branch(hub, base, tmp_path):
-    arguments = (base, "--push-to-hub", "me/branched", "--revision", "ratio-30", "--private", "--commit-message", "third")
+    arguments = (
+        base,
+        "--push-to-hub",
+        "me/branched",
+        "--revision",
+        "ratio-30",
+        "--private",
+        "--commit-message",
+        "third",
+    )
     run_export(*arguments, "--keep-ratio", 0.3, hub=hub, home=tmp_path)
     repository = hub.repositories["me/branched"]
     assert repository.private and set(repository.branches) == {"main", "ratio-30"}
@@ -352,7 +378,9 @@ def test_no_network(base, tmp_path):
 def test_linked_to_a_folder_goes_to_the_hub_with_its_weights_alone(hub, base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     export_here(tmp_path / "base", "--link", "--keep-ratio", 0.25, "--output", tmp_path / "folder-linked")
-    found = run_step("push_folder_link", hub, tmp_path / "home", folder=tmp_path / "folder-linked", repo="me/from-folder")
+    found = run_step(
+        "push_folder_link", hub, tmp_path / "home", folder=tmp_path / "folder-linked", repo="me/from-folder"
+    )
     assert "materialise=True" in found["linked"] and found["on the Hub before"] is False
     assert "model.safetensors" in found["files"] and found["weights_from"] is None
     assert_same(found["again"], found["loaded"])

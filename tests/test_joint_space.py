@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from hub_server import Hub
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
-from rediprune.joint_space_rediprune import TOKENIZER_FILES, JointSpace, question_segments
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
+from rediprune.ops_relevance import clip_relevance
 from rediprune.processing_rediprune import ReDiPruneProcessor
-from rediprune.relevance_rediprune import clip_relevance
+from rediprune.vision_joint_space import TOKENIZER_FILES, JointSpace, question_segments
 from safetensors.torch import load_file
 from tiny import WORDS, random_image, random_video, save_clip, shown, tiny_config, tiny_model, tiny_processor
 from transformers import AutoTokenizer, CLIPModel
@@ -43,11 +43,17 @@ def ask(processor, *questions, kind="video"):
 
 def text_vectors(text_tower, question):
     """Unit vectors of the segments of a question: 10 words between the two ends of a text tower that reads 12 tokens."""
-    clip, tokenizer, words = CLIPModel.from_pretrained(text_tower), AutoTokenizer.from_pretrained(text_tower), question.split()
+    clip, tokenizer, words = (
+        CLIPModel.from_pretrained(text_tower),
+        AutoTokenizer.from_pretrained(text_tower),
+        question.split(),
+    )
     parts = [" ".join(words[start : start + 10]) for start in range(0, len(words), 10)]
     return torch.cat(
         [
-            F.normalize(clip.text_projection(clip.text_model(**tokenizer(part, return_tensors="pt")).pooler_output), dim=-1)
+            F.normalize(
+                clip.text_projection(clip.text_model(**tokenizer(part, return_tensors="pt")).pooler_output), dim=-1
+            )
             for part in parts
         ]
     )
@@ -162,7 +168,9 @@ def test_segments(text_tower):
     for row, number in ((0, 0), (1, 0), (1, 1), (1, 2)):
         segment = ids[row, number][mask[row, number].bool()].tolist()
         assert segment[0] == start and segment[-1] == end and not {start, end} & set(segment[1:-1])
-    words = [word for part in ids[1] for word in tokenizer.decode(part, skip_special_tokens=True).split() if word in WORDS]
+    words = [
+        word for part in ids[1] for word in tokenizer.decode(part, skip_special_tokens=True).split() if word in WORDS
+    ]
     assert words == LONG.split()
 
 
@@ -202,9 +210,15 @@ def test_ids_are_there_where_they_are_needed(text_tower):
 def test_missing_ids(text_tower):
     model, processor = pair(text_tower)
     inputs = ask(processor, SHORT)
-    for change in ({"clip_input_ids": None}, {"clip_attention_mask": None}, {"clip_input_ids": inputs["clip_input_ids"][:0]}):
+    for change in (
+        {"clip_input_ids": None},
+        {"clip_attention_mask": None},
+        {"clip_input_ids": inputs["clip_input_ids"][:0]},
+    ):
         for call in (model, model.select_tokens):
-            with pytest.raises(ValueError, match="relevance='clip'.*needs clip_input_ids.*processor of this repository"):
+            with pytest.raises(
+                ValueError, match="relevance='clip'.*needs clip_input_ids.*processor of this repository"
+            ):
                 call(**{**inputs, **change})
 
 
@@ -304,7 +318,7 @@ def test_a_hub_id_may_name_a_revision(text_tower, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     script = """
 import conftest
-from rediprune.joint_space_rediprune import JointSpace, find_tower, question_segments
+from rediprune.vision_joint_space import JointSpace, find_tower, question_segments
 for place in ("me/clip", "me/clip@main"):
     print(find_tower(place)[1]["revision"])
 try:
@@ -365,7 +379,9 @@ def test_a_checkpoint_that_is_no_clip(tmp_path):
 
 
 def test_a_clip_of_another_width(tmp_path):
-    with pytest.raises(ValueError, match="'text_tower' is .*takes features of width 20, but .* gives 16; set it to the CLIP"):
+    with pytest.raises(
+        ValueError, match="'text_tower' is .*takes features of width 20, but .* gives 16; set it to the CLIP"
+    ):
         JointSpace(save_clip(tmp_path, width=20), 16)
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from exporting import run
-from rediprune.linking_rediprune import checksum_weights, same_weights
+from rediprune.hub_linking import checksum_weights, same_weights
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from tiny import random_video, tiny_processor
 from transformers import GenerationConfig

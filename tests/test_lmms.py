@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from evaluate_questions import Questions
 from make_lmms_task import write_task
-from rediprune.video_rediprune import read_video
+from rediprune.inputs_video import read_video
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "scripts" / "lmms_plugin"
@@ -82,7 +82,9 @@ def lmms_table(monkeypatch, *arguments):
 
 
 def test_the_table_sets_runs_side_by_side(monkeypatch, tmp_path):
-    results(tmp_path / "full", gqa={"exact_match": 0.5, "exact_match_stderr": 0.01}, mme={"mme_perception_score": 1400.0})
+    results(
+        tmp_path / "full", gqa={"exact_match": 0.5, "exact_match_stderr": 0.01}, mme={"mme_perception_score": 1400.0}
+    )
     results(tmp_path / "pruned", gqa={"exact_match": 0.3})
     results(tmp_path / "pruned", date="2", gqa={"exact_match": 0.4, "exact_match_stderr": "N/A"}, own={"score": 3})
     batch = {"seconds": 0.5, "requests": 2, "visual_tokens": 44, "prompt_tokens": 60, "new_tokens": 4}
@@ -157,7 +159,18 @@ def installed_plugin(folder):
 
 def lmms_eval(folder, task, model, model_args, search_path=""):
     """Runs lmms-eval on the task; returns its answers in the order of the questions."""
-    command = [sys.executable, "-m", "lmms_eval", "eval", "--model", model, "--model_args", model_args, "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "lmms_eval",
+        "eval",
+        "--model",
+        model,
+        "--model_args",
+        model_args,
+        "--device",
+        "cpu",
+    ]
     command += ["--include_path", str(task), "--tasks", "rediprune_world", "--batch_size", "1", "--log_samples"]
     variables = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     variables["PYTHONPATH"] = search_path

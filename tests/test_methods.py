@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rediprune.configuration_rediprune import PruningConfig
-from rediprune.method_base_rediprune import VisualTokens
-from rediprune.method_cdpruner_rediprune import select_conditional_dpp, unit_range
-from rediprune.method_coverage_rediprune import select_coverage
-from rediprune.methods_rediprune import METHODS
-from rediprune.relevance_rediprune import word_rows
-from rediprune.selection_rediprune import top_tokens
+from rediprune.methods_base import VisualTokens
+from rediprune.methods_coverage import select_coverage
+from rediprune.methods_registry import METHODS
+from rediprune.methods_relevance import select_conditional_dpp, unit_range
+from rediprune.ops_relevance import word_rows
+from rediprune.ops_tokens import top_tokens
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,13 +74,13 @@ NEEDS = {
     "none": set(),
 }
 CONSTANTS = {
-    "method_coverage_rediprune": {"VISION_TEMPERATURE": 0.2, "VISION_WEIGHT": 0.5},
-    "relevance_rediprune": {"WORD_TEMPERATURE": 0.02},
-    "method_prumerge_rediprune": {"NEIGHBOURS": 32},
-    "method_visionzip_rediprune": {"CONTEXTUAL_SHARE": 10 / 64},
-    "method_evoprune_rediprune": {"DIVERSITY_WEIGHT": 0.3, "ATTENTION_WEIGHT": 0.3, "MIN_STEPS": 4},
-    "selection_rediprune": {"POOL_FACTOR": 3, "TIE_TOLERANCE": 1e-6, "RELATIVE_TIE": 1e-7},
-    "joint_space_rediprune": {"SEGMENT": 77},
+    "methods_coverage": {"VISION_TEMPERATURE": 0.2, "VISION_WEIGHT": 0.5},
+    "ops_relevance": {"WORD_TEMPERATURE": 0.02},
+    "methods_attention": {"NEIGHBOURS": 32, "CONTEXTUAL_SHARE": 10 / 64},
+    "ops_merging": {"DIVERSITY_WEIGHT": 0.3, "ATTENTION_WEIGHT": 0.3, "MIN_STEPS": 4},
+    "ops_selection": {"POOL_FACTOR": 3},
+    "ops_tokens": {"TIE_TOLERANCE": 1e-6, "RELATIVE_TIE": 1e-7},
+    "vision_joint_space": {"SEGMENT": 77},
 }
 
 # Every method that works on what the vision tower gives; those that work inside it are in test_evoprune.py.
@@ -291,13 +291,13 @@ def test_visionzip():
 
 @pytest.mark.parametrize("num_kept, contextual", [(64, 10), (128, 20), (192, 30), (22, 3), (3, 0)])
 def test_visionzip_shares(num_kept, contextual):
-    from rediprune.method_visionzip_rediprune import CONTEXTUAL_SHARE
+    from rediprune.methods_attention import CONTEXTUAL_SHARE
 
     assert round(num_kept * CONTEXTUAL_SHARE) == contextual
 
 
 def test_contextual_centres():
-    from rediprune.method_visionzip_rediprune import around_centres
+    from rediprune.methods_attention import around_centres
 
     keys = torch.eye(3)[[0, 1, 2, 2, 1, 0, 1]][None]
     centres, members = around_centres(keys, 3)  # every second one: 0, 2, 4
@@ -338,7 +338,7 @@ def test_prumerge_adds_the_32_nearest():
 
 
 def test_nearest_others():
-    from rediprune.method_prumerge_rediprune import nearest_others
+    from rediprune.methods_attention import nearest_others
 
     angles = torch.deg2rad(torch.tensor([0.0, 10, 25, 90, 100]))
     keys = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
@@ -346,8 +346,10 @@ def test_nearest_others():
     assert near[0].tolist() == [[1, 0, 1, 0, 0], [0, 0, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("num_tokens, keep_ratio, count, plus", [(576, 0.1, 58, 231), (144, 0.1, 14, 58),
-                                                                (576, 0.25, 144, 576), (576, 0.05, 29, 120)])
+@pytest.mark.parametrize(
+    "num_tokens, keep_ratio, count, plus",
+    [(576, 0.1, 58, 231), (144, 0.1, 14, 58), (576, 0.25, 144, 576), (576, 0.05, 29, 120)],
+)
 def test_prumerge_counts(num_tokens, keep_ratio, count, plus):
     of = lambda name: PruningConfig(method=name, keep_ratio=keep_ratio).count(num_tokens)  # noqa: E731
     assert (of("prumerge"), of("prumerge_plus")) == (count, plus)

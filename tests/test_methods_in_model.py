@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from rediprune.methods_rediprune import METHODS
+from rediprune.methods_registry import METHODS
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
-from rediprune.relevance_rediprune import (
+from rediprune.ops_relevance import (
     RELEVANCES,
     attention_relevance,
     attention_rows,
@@ -105,7 +105,10 @@ def test_gradient_reaches_the_vision_tower(method):
 
 @pytest.mark.parametrize("kind, shapes", [("video", [(1, 13)]), ("image", [(1, 35)])])
 def test_joint_methods_count_all_tokens_of_a_medium(kind, shapes):
-    pruning = {"method": "divprune", "keep_ratio": 0.2}  # of 4 * 16 tokens; of 64 and of 2 tiles of 64 less their padding
+    pruning = {
+        "method": "divprune",
+        "keep_ratio": 0.2,
+    }  # of 4 * 16 tokens; of 64 and of 2 tiles of 64 less their padding
     (medium,) = tiny_model(**pruning).select_tokens(**inputs_of(tiny_processor(**pruning), kind, [0]))
     total = sum(grid.frames * grid.tokens_per_set for grid in medium.grids)
     assert [kept.shape for kept in medium.kept] == [(1, round(0.2 * total))]
@@ -160,7 +163,9 @@ def decoder_layer(kind):
     """A first layer with grouped keys; with biases (Qwen2) or norms of q and k (Qwen3)."""
     from transformers import AutoConfig, AutoModel
 
-    options = dict(hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    options = dict(
+        hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
     config = AutoConfig.for_model(kind, vocab_size=8, head_dim=8, **options)
     layer = AutoModel.from_config(config).layers[0].eval()
     with torch.no_grad():
@@ -217,7 +222,13 @@ def test_the_question_is_read_alone(attention):
 def test_relevance_layers_differ():
     kept = []
     for layer in (0, 1):
-        pruning = {"method": "rediprune", "keep_ratio": 0.25, "relevance": "attention", "relevance_layer": layer, "alpha": 9.0}
+        pruning = {
+            "method": "rediprune",
+            "keep_ratio": 0.25,
+            "relevance": "attention",
+            "relevance_layer": layer,
+            "alpha": 9.0,
+        }
         model = tiny_model(**pruning)
         kept.append(model.select_tokens(**inputs_of(tiny_processor(**pruning), "video"))[0].kept[0])
     assert not torch.equal(*kept)

@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from rediprune.cache_record_rediprune import read_record
-from rediprune.geometry_rediprune import token_sets
-from rediprune.methods_rediprune import METHODS
-from rediprune.selection_rediprune import (
-    align_query,
-    build_query,
-    group_means,
-    group_sizes,
-    nearest_kept,
-    select_rediprune,
-)
+from rediprune.core_cache import read_record
+from rediprune.core_layout import token_sets
+from rediprune.methods_registry import METHODS
+from rediprune.ops_query import align_query, build_query
+from rediprune.ops_selection import select_rediprune
+from rediprune.ops_tokens import group_means, group_sizes, nearest_kept
 from tiny import (
     IMAGE_SIZE,
     PATCHES,
@@ -176,15 +171,12 @@ def test_unpruned_outputs_in_every_form(model, stock, processor):
     ):
         ours, theirs = model(**{**inputs, **kwargs}), stock(**{**plain, **kwargs})
         flat = [
-            [x for x in (out if type(out) is tuple else out.to_tuple()) if torch.is_tensor(x)]
-            for out in (ours, theirs)
+            [x for x in (out if type(out) is tuple else out.to_tuple()) if torch.is_tensor(x)] for out in (ours, theirs)
         ]
         assert len(flat[0]) == len(flat[1]) > 0
         assert all(torch.equal(first, second) for first, second in zip(*flat)), kwargs
         if "output_hidden_states" in kwargs:
-            assert all(
-                torch.equal(first, second) for first, second in zip(ours.hidden_states, theirs.hidden_states)
-            )
+            assert all(torch.equal(first, second) for first, second in zip(ours.hidden_states, theirs.hidden_states))
         assert isinstance(ours, type(theirs))
 
 
@@ -199,9 +191,7 @@ def test_nothing_pruned_without_pooling_keeps_the_image_layout(stock, name):
     else:
         assert (inputs["input_ids"] == VIDEO).sum() == 4 * PATCHES
     assert all(
-        torch.equal(kept, torch.arange(kept.shape[1])[None])
-        for pair in outputs.image_kept_indices
-        for kept in pair
+        torch.equal(kept, torch.arange(kept.shape[1])[None]) for pair in outputs.image_kept_indices for kept in pair
     )
 
 
@@ -231,22 +221,18 @@ def features_by_hand(model, inputs, pooling):
     config, sets = model.config, []
 
     def tower(pixels):
-        return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[
-            config.vision_feature_layer
-        ][:, 1:]
+        return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer][
+            :, 1:
+        ]
 
     for pixels, size in zip(inputs.get("pixel_values", []), inputs.get("image_sizes", [])):
         height, width = size.tolist()
-        best = transformers.image_processing_utils.select_best_resolution(
-            (height, width), config.image_grid_pinpoints
-        )
+        best = transformers.image_processing_utils.select_best_resolution((height, width), config.image_grid_pinpoints)
         rows, columns = best[0] // IMAGE_SIZE, best[1] // IMAGE_SIZE
         views = tower(pixels[: 1 + rows * columns])
         grid = torch.cat(
             [
-                torch.cat(
-                    [v.unflatten(0, (SIDE, SIDE)) for v in views[1:][r * columns : (r + 1) * columns]], dim=1
-                )
+                torch.cat([v.unflatten(0, (SIDE, SIDE)) for v in views[1:][r * columns : (r + 1) * columns]], dim=1)
                 for r in range(rows)
             ]
         )
@@ -258,9 +244,9 @@ def features_by_hand(model, inputs, pooling):
         features = tower(video)
         if pooling == "before":
             grid = features.unflatten(1, (SIDE, SIDE))
-            features = (
-                grid[:, ::2, ::2] + grid[:, 1::2, ::2] + grid[:, ::2, 1::2] + grid[:, 1::2, 1::2]
-            ).flatten(1, 2) / 4
+            features = (grid[:, ::2, ::2] + grid[:, 1::2, ::2] + grid[:, ::2, 1::2] + grid[:, 1::2, 1::2]).flatten(
+                1, 2
+            ) / 4
         sets.append([features])
     return sets
 
@@ -282,15 +268,9 @@ def test_placeholders_hold_the_kept_features_projected(block, name):
             num_sets, num_tokens = set_features.shape[:2]
             count = max(1, round(model.config.pruning.keep_ratio * num_tokens))
             assert set_indices.shape == (num_sets, count) and set_indices.dtype == torch.long
-            assert (
-                (set_indices.diff(dim=1) > 0).all()
-                and 0 <= set_indices.min()
-                and set_indices.max() < num_tokens
-            )
+            assert (set_indices.diff(dim=1) > 0).all() and 0 <= set_indices.min() and set_indices.max() < num_tokens
             for one_set, one in zip(set_features, set_indices):
-                tokens[VIDEO if len(indices) == 1 else IMAGE].append(
-                    model.model.multi_modal_projector(one_set[one])
-                )
+                tokens[VIDEO if len(indices) == 1 else IMAGE].append(model.model.multi_modal_projector(one_set[one]))
     embeds = seen["inputs_embeds"]
     table = model.get_input_embeddings()
     for token_id, parts in tokens.items():
@@ -327,9 +307,7 @@ def test_only_the_last_tokens_of_a_long_question_count():
     processor, model = pruned(query_max_tokens=5, alpha=3.0)
     tail = " where is the red star"
     texts = ["<video>" + " left" * 20 + tail, "<video>" + " how many" * 40 + tail, "<video> star" + tail[6:]]
-    long, longer, short = (
-        model(**processor(text=text, videos=random_video())).video_kept_indices[0] for text in texts
-    )
+    long, longer, short = (model(**processor(text=text, videos=random_video())).video_kept_indices[0] for text in texts)
     assert torch.equal(long, longer) and not torch.equal(long, short)
 
 
@@ -344,14 +322,9 @@ def test_select_tokens_agrees_with_forward(processor, model):
     for name in ("video", "mixed", "batch"):
         inputs = media_inputs(processor, name)
         outputs, media = model(**inputs), model.select_tokens(**inputs)
-        kept = [kept for pair in outputs.image_kept_indices or () for kept in pair] + list(
-            outputs.video_kept_indices
-        )
+        kept = [kept for pair in outputs.image_kept_indices or () for kept in pair] + list(outputs.video_kept_indices)
         assert [medium.kind for medium in media] == sorted(medium.kind for medium in media)
-        assert all(
-            torch.equal(a, b)
-            for a, b in itertools.zip_longest(kept, [kept for m in media for kept in m.kept])
-        )
+        assert all(torch.equal(a, b) for a, b in itertools.zip_longest(kept, [kept for m in media for kept in m.kept]))
     assert [medium.row for medium in media] == [0, 1, 0, 2]
     assert not media[0].kept[0].requires_grad
 
@@ -379,9 +352,7 @@ def test_the_ratio_of_a_call(model):
     video = random_video()
     half = model(**processor(text="<video> where", videos=video, keep_ratio=0.5))
     assert half.video_kept_indices[0].shape == (4, POOLED // 2)
-    reference = tiny_model(keep_ratio=0.5)(
-        **tiny_processor(keep_ratio=0.5)(text="<video> where", videos=video)
-    )
+    reference = tiny_model(keep_ratio=0.5)(**tiny_processor(keep_ratio=0.5)(text="<video> where", videos=video))
     assert torch.equal(half.logits, reference.logits)
     assert model(**processor(text="<video> where", videos=video)).video_kept_indices[0].shape == (4, KEPT)
     assert model.config.pruning.keep_ratio == 0.15
@@ -481,9 +452,9 @@ def test_gradients_reach_every_part(processor, checkpointing):
     outputs.loss.backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     # Beyond the tapped layer there is nothing to learn, and newlines go when tokens go.
-    assert all(
-        "layers.2." in name or "post_layernorm" in name or name == "model.image_newline" for name in silent
-    ), silent
+    assert all("layers.2." in name or "post_layernorm" in name or name == "model.image_newline" for name in silent), (
+        silent
+    )
     assert any("vision_tower" in name for name, _ in model.named_parameters())
     assert not any("multi_modal_projector" in name or "patch_embedding" in name for name in silent)
 
@@ -510,9 +481,7 @@ def answered(processor, answer):
 
 def test_the_answer_does_not_choose_its_own_tokens():
     processor, model = pruned(alpha=3.0)
-    question = model(
-        **processor(text="<video> where is the star ?", videos=random_video())
-    ).video_kept_indices[0]
+    question = model(**processor(text="<video> where is the star ?", videos=random_video())).video_kept_indices[0]
     for answer in ("left", "red red", "which way does it move"):
         inputs, labels = answered(processor, answer)
         trained = model(**inputs, labels=labels)
@@ -588,9 +557,7 @@ def positions_by_hand(ids, media):
 
 
 def video_medium(kept, tokens=POOLED):
-    return len(kept) * tokens, [
-        frame * tokens + index for frame, row in enumerate(kept.tolist()) for index in row
-    ]
+    return len(kept) * tokens, [frame * tokens + index for frame, row in enumerate(kept.tolist()) for index in row]
 
 
 def image_medium(pair, size):
@@ -844,9 +811,7 @@ def test_beams(block, name):
 def test_every_sequence_of_a_prompt_sees_its_own_media(processor, model, name):
     inputs = media_inputs(processor, name)
     rows = len(inputs["input_ids"])
-    one = model.generate(
-        **inputs, do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
-    )
+    one = model.generate(**inputs, do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
     result = model.generate(
         **inputs,
         do_sample=True,
@@ -958,9 +923,7 @@ def test_a_second_turn_on_a_reused_cache(block, turn, text, all_media, new_media
     second = next_prompt(processor, result, text, new_media)
     everything = dict(second)
     if turn == "video":
-        everything["pixel_values_videos"] = torch.cat(
-            [first["pixel_values_videos"], second["pixel_values_videos"]]
-        )
+        everything["pixel_values_videos"] = torch.cat([first["pixel_values_videos"], second["pixel_values_videos"]])
     else:
         everything["pixel_values_videos"] = first["pixel_values_videos"]
     uncached = generate(model, everything)
@@ -972,9 +935,7 @@ def test_a_second_turn_on_a_reused_cache(block, turn, text, all_media, new_media
             ValueError,
             match="placeholders.*To continue a cache, pass the media of the new turn or of all turns",
         ):
-            none = {
-                key: value for key, value in everything.items() if key not in ("pixel_values", "image_sizes")
-            }
+            none = {key: value for key, value in everything.items() if key not in ("pixel_values", "image_sizes")}
             none["pixel_values_videos"] = torch.cat([first["pixel_values_videos"]] * 3)
             generate(model, none, past_key_values=copy.deepcopy(result.past_key_values))
 
@@ -987,15 +948,11 @@ def test_a_second_turn_with_the_paper_s_query(turn, text, all_media, new_media):
     second = next_prompt(processor, result, text, new_media)
     kept = dict(second)
     before = first["pixel_values_videos"]
-    kept["pixel_values_videos"] = (
-        torch.cat([before, second["pixel_values_videos"]]) if turn == "video" else before
-    )
+    kept["pixel_values_videos"] = torch.cat([before, second["pixel_values_videos"]]) if turn == "video" else before
     alone = generate(model, second, past_key_values=copy.deepcopy(result.past_key_values))
     again = generate(model, kept, past_key_values=copy.deepcopy(result.past_key_values))
     assert torch.equal(alone, again)
-    beams = generate(
-        model, second, past_key_values=copy.deepcopy(result.past_key_values), num_beams=1, tokens=2
-    )
+    beams = generate(model, second, past_key_values=copy.deepcopy(result.past_key_values), num_beams=1, tokens=2)
     assert torch.equal(beams, alone[:, :2])
 
 
@@ -1026,18 +983,14 @@ def test_turns_of_a_batch():
     videos = [random_video(0), random_video(1)]
     first = processor(text=["<video> where", "<video> how many red"], videos=videos, padding=True)
     result = model.generate(**first, do_sample=False, max_new_tokens=3, return_dict_in_generate=True)
-    image = processor(
-        text=["red red <image> red", "<image> left left left"], images=[random_image(0), random_image(1)]
-    )
+    image = processor(text=["red red <image> red", "<image> left left left"], images=[random_image(0), random_image(1)])
     ids = torch.cat([result.sequences, image["input_ids"][:, 1:]], dim=1)
     mask = torch.cat([first["attention_mask"], torch.ones_like(ids[:, first["input_ids"].shape[1] :])], dim=1)
     new = {"input_ids": ids, "attention_mask": mask, **{k: image[k] for k in ("pixel_values", "image_sizes")}}
     everything = {**new, "pixel_values_videos": first["pixel_values_videos"]}
     uncached = generate(model, everything)
     for inputs in (new, everything):
-        assert torch.equal(
-            generate(model, inputs, past_key_values=copy.deepcopy(result.past_key_values)), uncached
-        )
+        assert torch.equal(generate(model, inputs, past_key_values=copy.deepcopy(result.past_key_values)), uncached)
 
 
 def test_a_cache_given_by_the_caller_is_filled(processor):
@@ -1150,9 +1103,7 @@ def test_features_that_are_not_finite(value, method):
 
 def test_a_tower_that_does_not_give_patches(processor, model):
     inputs = media_inputs(processor, "video")
-    with pytest.raises(
-        ValueError, match="gives 65 tokens an image, but 64 are patches.*select_strategy='full'"
-    ):
+    with pytest.raises(ValueError, match="gives 65 tokens an image, but 64 are patches.*select_strategy='full'"):
         model(**inputs, vision_feature_select_strategy="full")
 
 
@@ -1237,7 +1188,9 @@ def test_a_prompt_longer_than_the_context_is_refused(processor, model):
     inputs = processor(text="<video> " + "where " * 40, videos=random_video())
     length = inputs["input_ids"].shape[1]
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match=f"the prompt has {length} tokens, but the language model takes at most 40"):
+        with pytest.raises(
+            ValueError, match=f"the prompt has {length} tokens, but the language model takes at most 40"
+        ):
             call(**inputs)
 
 
@@ -1250,9 +1203,7 @@ def test_one_frame_and_many_frames(processor, model):
 def test_the_signature_keeps_generation_from_projecting_all_tokens(processor, model):
     """5.x encodes media before `forward` where the signature has `mm_encoder_outputs`: pruning would come too late."""
     seen = []
-    handle = model.model.multi_modal_projector.register_forward_pre_hook(
-        lambda module, args: seen.append(len(args[0]))
-    )
+    handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     generate(model, media_inputs(processor, "video"))
     handle.remove()
     assert seen == [4 * KEPT]

@@ -54,7 +54,11 @@ def changes(tmp_path, code) -> list:
     (tmp_path / "some.py").write_text(code)
     faults = faults_of(tmp_path, "some.py")
     assert len({fault.id for fault in faults}) == len(faults)
-    return [(fault.kind, fault.put_into(code.encode()).decode()) for fault in faults if parses(fault.put_into(code.encode()))]
+    return [
+        (fault.kind, fault.put_into(code.encode()).decode())
+        for fault in faults
+        if parses(fault.put_into(code.encode()))
+    ]
 
 
 @pytest.mark.parametrize("code, faults", [
@@ -95,11 +99,11 @@ def test_faults(tmp_path, code, faults):
 
 
 def test_every_code_file_holds_faults_and_is_another_with_each():
-    for path in ROOT.glob("*_rediprune*.py"):
+    for path in ROOT.glob("*.py"):
         source = path.read_bytes()
         faults = faults_of(ROOT, path.name)
         assert all(fault.put_into(source) != source for fault in faults), path
-        assert faults or path.name == "methods_rediprune.py"
+        assert faults or path.name == "methods_registry.py"
 
 
 def test_survivors_are_told_from_what_is_noticed(monkeypatch, tree, tmp_path, capsys):
@@ -107,7 +111,9 @@ def test_survivors_are_told_from_what_is_noticed(monkeypatch, tree, tmp_path, ca
     before = {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
     mutate(monkeypatch, *arguments, "--output", output)
     report = json.loads(output.with_suffix(".json").read_text())
-    outcomes = {result["diff"].split("\n+")[1].partition("\n")[0].strip(): result["outcome"] for result in report["faults"]}
+    outcomes = {
+        result["diff"].split("\n+")[1].partition("\n")[0].strip(): result["outcome"] for result in report["faults"]
+    }
     assert outcomes == {
         "if value <= low:": "noticed",
         "if not (value < low):": "noticed",
@@ -119,20 +125,28 @@ def test_survivors_are_told_from_what_is_noticed(monkeypatch, tree, tmp_path, ca
         "return value * 3": "SURVIVED",
     }
     assert report["noticed"] == 4 and len(report["survivors"]) == 4 and report["hung"] == 0
-    assert all(result["noticed_by"] == "tests/test_toy.py::test_clamp" for result in report["faults"][:8] if result["noticed_by"])
+    assert all(
+        result["noticed_by"] == "tests/test_toy.py::test_clamp"
+        for result in report["faults"][:8]
+        if result["noticed_by"]
+    )
     assert "**4 of 8 noticed (50.0%)**" in output.with_suffix(".md").read_text()
     assert {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()} == before
 
     # What is known is not tried again, and the survivors alone are where asked for.
     module = importlib.import_module("mutate")
     tried, real = [], module.Bench.try_fault
-    monkeypatch.setattr(module.Bench, "try_fault", lambda self, fault, **kw: tried.append(fault) or real(self, fault, **kw))
+    monkeypatch.setattr(
+        module.Bench, "try_fault", lambda self, fault, **kw: tried.append(fault) or real(self, fault, **kw)
+    )
     log = tmp_path / "found.faults.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:30])  # killed
     mutate(monkeypatch, *arguments, "--output", output)
     again = json.loads(output.with_suffix(".json").read_text())
-    assert len(tried) == 1 and [result["outcome"] for result in again["faults"]] == [r["outcome"] for r in report["faults"]]
+    assert len(tried) == 1 and [result["outcome"] for result in again["faults"]] == [
+        r["outcome"] for r in report["faults"]
+    ]
     (tree / "tests" / "test_toy.py").write_text(TESTS + "    assert clamp(0) == 0 and clamp(11) == 10\n")
     mutate(monkeypatch, *arguments, "--output", tmp_path / "again", "--again", f"{output}.json")
     again = json.loads((tmp_path / "again.json").read_text())
@@ -143,7 +157,9 @@ def test_survivors_are_told_from_what_is_noticed(monkeypatch, tree, tmp_path, ca
 
 def test_a_fault_that_hangs_is_noticed(monkeypatch, tree, tmp_path, capsys):
     (tree / "toy.py").write_text("def count(left):\n    while left:\n        left -= 1\n    return left\n")
-    (tree / "tests" / "test_toy.py").write_text("from toy import count\n\n\ndef test_count():\n    assert count(3) == 0\n")
+    (tree / "tests" / "test_toy.py").write_text(
+        "from toy import count\n\n\ndef test_count():\n    assert count(3) == 0\n"
+    )
     (hang,) = (fault for fault in faults_of(tree, "toy.py") if fault.replacement == "+")
     mutate(monkeypatch, "--root", tree, "--tests", "tests/test_toy.py", "--only", hang.id, "--timeout", 3)
     assert f"{hang.id}: noticed: ran too long" in capsys.readouterr().out

@@ -56,7 +56,13 @@ def chat(*paths):
 def generate(pipe, messages, keep_ratio=None):
     """The answer without the pipeline."""
     template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    ratio = {} if keep_ratio is None else {"processor_kwargs": {"keep_ratio": keep_ratio}} if IS_5 else {"keep_ratio": keep_ratio}
+    ratio = (
+        {}
+        if keep_ratio is None
+        else {"processor_kwargs": {"keep_ratio": keep_ratio}}
+        if IS_5
+        else {"keep_ratio": keep_ratio}
+    )
     inputs = pipe.processor.apply_chat_template(messages, **template, **ratio)
     output = pipe.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     return pipe.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -121,7 +127,10 @@ def test_streaming(pipe, media, names):
 def test_a_ratio_for_one_call_outside_of_a_chat(pipe):
     """Processor arguments reach the processor on both lines, and the ratio goes on to the model."""
     seen = count_placeholders(pipe, images=random_image(0), text=f"<image> {QUESTION}", keep_ratio=0.5)
-    assert seen["keep_ratio"] == 0.5 and seen["image"] > count_placeholders(pipe, images=random_image(0), text="<image>")["image"]
+    assert (
+        seen["keep_ratio"] == 0.5
+        and seen["image"] > count_placeholders(pipe, images=random_image(0), text="<image>")["image"]
+    )
 
 
 @pytest.mark.skipif(not IS_5, reason="chat pipelines of 4.57 pass no arguments to the processor")

@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
-from rediprune.geometry_rediprune import crop_of_tiles, image_grids, num_placeholders, video_grids
-from rediprune.methods_rediprune import METHODS
+from rediprune.core_layout import crop_of_tiles, image_grids, num_placeholders, video_grids
+from rediprune.methods_registry import METHODS
 from rediprune.processing_rediprune import ReDiPruneProcessor
 from tiny import (
     IMAGE_SIZE,
@@ -138,9 +138,7 @@ def test_frames_are_sampled_as_in_the_stock_class(processor, stock):
 def test_image_counts_follow_the_geometry(height, width, keep_ratio, method):
     processor = tiny_processor(method=method)
     inputs = processor(text="<image>", images=random_image(size=(height, width)), keep_ratio=keep_ratio)
-    assert count(inputs, IMAGE) == [
-        expected_image_count((height, width), method=method, keep_ratio=keep_ratio)
-    ]
+    assert count(inputs, IMAGE) == [expected_image_count((height, width), method=method, keep_ratio=keep_ratio)]
 
 
 @pytest.mark.parametrize("pooling, tokens", [("before", POOLED), ("skip", PATCHES)])
@@ -216,9 +214,7 @@ def test_pool_strides_that_are_none(stride):
 )
 def test_the_model_accepts_every_count(size, pruning):
     processor, model = tiny_processor(**pruning), tiny_model(**pruning)
-    inputs = processor(
-        text="<image> <video> where", images=random_image(size=size), videos=random_video(size=(20, 30))
-    )
+    inputs = processor(text="<image> <video> where", images=random_image(size=size), videos=random_video(size=(20, 30)))
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
 
@@ -237,9 +233,13 @@ def test_counts_that_serving_engines_ask_for(pruning, keep_ratio):
     counts = processor._get_num_multimodal_tokens(
         image_sizes=sizes, video_sizes=[(frames, 40, 48) for frames in lengths], keep_ratio=keep_ratio
     )
-    images = [count(processor(text="<image>", images=random_image(0, size), keep_ratio=keep_ratio), IMAGE) for size in sizes]
+    images = [
+        count(processor(text="<image>", images=random_image(0, size), keep_ratio=keep_ratio), IMAGE) for size in sizes
+    ]
     videos = [
-        count(processor(text="<video>", videos=[random_video(0, frames)], num_frames=frames, keep_ratio=keep_ratio), VIDEO)
+        count(
+            processor(text="<video>", videos=[random_video(0, frames)], num_frames=frames, keep_ratio=keep_ratio), VIDEO
+        )
         for frames in lengths
     ]
     assert [[number] for number in counts["num_image_tokens"]] == images
@@ -307,9 +307,7 @@ def test_empty_modalities_are_no_media(processor, empty):
     inputs = processor(text="where is the star ?", images=empty, videos=empty, audio=empty, audios=empty)
     assert list(inputs) == ["input_ids", "attention_mask"]
     assert torch.equal(inputs["input_ids"], reference["input_ids"])
-    assert "pixel_values_videos" in processor(
-        text="<video>", images=empty, videos=random_video(), audios=empty
-    )
+    assert "pixel_values_videos" in processor(text="<video>", images=empty, videos=random_video(), audios=empty)
 
 
 @pytest.mark.parametrize("name", ["audio", "audios"])
@@ -324,9 +322,7 @@ def test_several_media_in_any_order(processor):
     counts = [expected_image_count(size) for size in sizes]
     assert len(set(counts)) == 3
     videos = [random_video(seed) for seed in range(2)]
-    inputs = processor(
-        text="<image><image> where <video> is <image> the <video>", images=images, videos=videos
-    )
+    inputs = processor(text="<image><image> where <video> is <image> the <video>", images=images, videos=videos)
     runs, ids = [], inputs["input_ids"][0].tolist()
     for previous, token in zip([None] + ids, ids):
         if token in (IMAGE, VIDEO):
@@ -339,9 +335,7 @@ def test_several_media_in_any_order(processor):
 
 
 def test_adjacent_placeholders_of_both_kinds(processor):
-    inputs = processor(
-        text="<video><image><video>", images=random_image(), videos=[random_video(0), random_video(1)]
-    )
+    inputs = processor(text="<video><image><video>", images=random_image(), videos=[random_video(0), random_video(1)])
     assert count(inputs, VIDEO) == [2 * 4 * KEPT] and count(inputs, IMAGE) == [expected_image_count((40, 48))]
 
 
@@ -428,9 +422,7 @@ def test_placeholders_and_media_must_match(processor, text, media, message):
 def test_nothing_at_all(processor):
     with pytest.raises(ValueError, match="ReDiPruneProcessor was given nothing; pass text, images or videos"):
         processor()
-    with pytest.raises(
-        ValueError, match=r"text must be a string or a list of strings, but is \['where', 5\]"
-    ):
+    with pytest.raises(ValueError, match=r"text must be a string or a list of strings, but is \['where', 5\]"):
         processor(text=["where", 5])
 
 
@@ -483,9 +475,7 @@ def test_chat_chooses_frames(processor, mp4, options, frames):
 
 
 def test_chat_with_a_ratio(processor, mp4):
-    inputs = chat(
-        processor, [user({"type": "video", "path": str(mp4)}, "where")], num_frames=2, keep_ratio=0.5
-    )
+    inputs = chat(processor, [user({"type": "video", "path": str(mp4)}, "where")], num_frames=2, keep_ratio=0.5)
     assert inputs["keep_ratio"] == 0.5 and count(inputs, VIDEO) == [2 * POOLED // 2]
 
 
@@ -567,9 +557,7 @@ def test_frames_given_as_files_in_a_chat(processor, tmp_path):
 def test_channels_first(processor):
     video = grey_video(8)
     first = processor(text="<video>", videos=np.ascontiguousarray(video.transpose(0, 3, 1, 2)))
-    assert torch.equal(
-        first["pixel_values_videos"], processor(text="<video>", videos=video)["pixel_values_videos"]
-    )
+    assert torch.equal(first["pixel_values_videos"], processor(text="<video>", videos=video)["pixel_values_videos"])
 
 
 def test_a_clip_shorter_than_asked_gives_all_its_frames(processor, tmp_path):
@@ -581,9 +569,7 @@ def test_a_clip_shorter_than_asked_gives_all_its_frames(processor, tmp_path):
 
 def test_videos_of_different_lengths(processor):
     videos = [random_video(frames=3), random_video(frames=2)]
-    with pytest.raises(
-        ValueError, match=r"have \[3, 2\] frames, but must all have the same number.*num_frames="
-    ):
+    with pytest.raises(ValueError, match=r"have \[3, 2\] frames, but must all have the same number.*num_frames="):
         processor(text="<video> <video>", videos=videos)
     inputs = processor(text="<video> <video>", videos=videos, num_frames=2)
     assert inputs["pixel_values_videos"].shape[:2] == (2, 2)
@@ -654,9 +640,7 @@ def test_metadata_of_frames_names_those_that_were_taken(processor, tmp_path, for
 
 
 def test_video_files_that_cannot_be_read(processor, mp4, tmp_path):
-    missing, empty, text, sound = (
-        tmp_path / name for name in ("missing.mp4", "empty.mp4", "text.mp4", "sound.wav")
-    )
+    missing, empty, text, sound = (tmp_path / name for name in ("missing.mp4", "empty.mp4", "text.mp4", "sound.wav"))
     empty.touch()
     text.write_text("this is no video\n" * 100)
     with wave.open(str(sound), "wb") as file:
@@ -717,9 +701,7 @@ def test_arguments_of_the_video_processor(processor):
 
 
 def test_frames_that_are_not_square(processor):
-    with pytest.raises(
-        ValueError, match="frames are 16x32 after preprocessing, but the vision tower takes squares"
-    ):
+    with pytest.raises(ValueError, match="frames are 16x32 after preprocessing, but the vision tower takes squares"):
         processor(
             text="<video>",
             videos=random_video(),

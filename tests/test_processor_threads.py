@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from rediprune import tokenizing_rediprune
-from rediprune.joint_space_rediprune import load_tokenizer, question_segments
+from rediprune import inputs_tokenizing
+from rediprune.vision_joint_space import load_tokenizer, question_segments
 from tiny import random_image, random_video, tiny_processor, write_video
 
 
@@ -112,7 +112,7 @@ def test_questions_for_a_text_tower(text_tower):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_forked_while_another_thread_tokenizes(processor):
     """As the workers of a data loader are: nobody is left in them to give the lock back."""
-    with tokenizing_rediprune._LOCK:
+    with inputs_tokenizing._LOCK:
         child = os.fork()
         if child == 0:
             processor(text="where is the star ?")

@@ -38,7 +38,9 @@ def test_an_attention_mask_of_another_length(model, processor, change):
     length = inputs["input_ids"].shape[1]
     inputs["attention_mask"] = torch.ones(1, length + change, dtype=torch.long)
     for call in (model, model.select_tokens):
-        with pytest.raises(ValueError, match=rf"attention_mask has shape \(1, {length + change}\), but must be \(1, {length}\)"):
+        with pytest.raises(
+            ValueError, match=rf"attention_mask has shape \(1, {length + change}\), but must be \(1, {length}\)"
+        ):
             call(**inputs)
 
 
@@ -82,10 +84,15 @@ def test_placeholders_in_a_later_row_without_media(keep_ratio):
     model, processor = tiny_model(keep_ratio=keep_ratio), tiny_processor(keep_ratio=keep_ratio)
     inputs = video_inputs(processor)
     ids = inputs["input_ids"]
-    for row in (ids, torch.cat([ids[:, :1], torch.full_like(ids[:, :1], VIDEO), ids[:, :1].expand(-1, ids.shape[1] - 2)], dim=1)):
+    for row in (
+        ids,
+        torch.cat([ids[:, :1], torch.full_like(ids[:, :1], VIDEO), ids[:, :1].expand(-1, ids.shape[1] - 2)], dim=1),
+    ):
         rows = torch.cat([ids, row])
         with pytest.raises(ValueError, match="video placeholders .* its 1 videos give"):
-            model(input_ids=rows, attention_mask=torch.ones_like(rows), pixel_values_videos=inputs["pixel_values_videos"])
+            model(
+                input_ids=rows, attention_mask=torch.ones_like(rows), pixel_values_videos=inputs["pixel_values_videos"]
+            )
 
 
 @pytest.mark.parametrize("keep_ratio", [0.15, 1])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rediprune.joint_space_rediprune import JointSpace, question_segments
-from rediprune.relevance_rediprune import (
+from rediprune.ops_query import build_query
+from rediprune.ops_relevance import (
     attention_by_head,
     attention_relevance,
     attention_rows,
@@ -12,7 +12,8 @@ from rediprune.relevance_rediprune import (
     cosine_relevance,
     word_rows,
 )
-from rediprune.selection_rediprune import build_query, group_means, group_sizes, nearest_kept
+from rediprune.ops_tokens import group_means, group_sizes, nearest_kept
+from rediprune.vision_joint_space import JointSpace, question_segments
 from tiny import WORDS, random_image, random_video, shown, tiny_model, tiny_processor
 
 
@@ -62,7 +63,9 @@ def test_sums_are_not_in_half_precision(dtype, autocast):
 @pytest.mark.parametrize("function", [cosine_relevance, clip_relevance])
 def test_cosines_equal_fp64(function):
     tokens, queries = random_states(3, 50, 64), F.normalize(random_states(3, 64, seed=1), dim=-1)
-    expected = torch.stack([F.cosine_similarity(row.double(), query.double()[None]) for row, query in zip(tokens, queries)])
+    expected = torch.stack(
+        [F.cosine_similarity(row.double(), query.double()[None]) for row, query in zip(tokens, queries)]
+    )
     sign = -1 if function is clip_relevance else 1
     torch.testing.assert_close(function(tokens, queries).double(), sign * expected, atol=1e-6, rtol=0)
 
@@ -91,7 +94,10 @@ def test_merging_is_in_fp32():
     (tokens,), (medium,) = shown(model, inputs), model.select_tokens(**inputs)
     kept, features = medium.kept[0], tokens.features
     nearest = nearest_kept(tokens.compared, kept, tokens.times, 0.25)
-    old, means = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1])), group_means(features, nearest, 6)
+    old, means = (
+        features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1])),
+        group_means(features, nearest, 6),
+    )
     expected = (old.float() + 0.3 * (means - old.float())).to(torch.bfloat16)
     assert torch.equal(medium.tokens[0], expected) and not torch.equal(expected, old.lerp(means.bfloat16(), 0.3))
     assert torch.equal(medium.sizes[0], group_sizes(nearest, 6))

@@ -43,9 +43,7 @@ def test_only_what_every_installation_has_is_imported(path):
         if isinstance(statement, ast.ImportFrom) and statement.level:
             continue
         names = (
-            [statement.module]
-            if isinstance(statement, ast.ImportFrom)
-            else [alias.name for alias in statement.names]
+            [statement.module] if isinstance(statement, ast.ImportFrom) else [alias.name for alias in statement.names]
         )
         for name in names:
             package = name.split(".")[0]
@@ -76,8 +74,9 @@ def test_transformers_accepts_the_imports(path):
     check_imports(path)
 
 
-def test_names_are_flat_and_say_whose_they_are(path):
-    assert path.stem.isidentifier() and "rediprune" in path.stem and path.stem not in sys.stdlib_module_names
+def test_names_are_flat_and_say_where_they_belong(path):
+    assert path.stem in ENTRIES or room_of(path.stem) in ROOMS
+    assert path.stem.isidentifier() and path.stem not in sys.stdlib_module_names
     elsewhere = {other.name for folder in ("scripts", "tests") for other in (ROOT / folder).rglob("*.py")}
     assert path.name not in elsewhere  # files are copied by base name
 
@@ -102,9 +101,47 @@ def test_no_file_imports_itself_in_a_circle():
         visit(name, [])
 
 
+# Each room may import from itself and from those that are named.
+ROOMS = {
+    "ops": set(),
+    "hub": {"configuration"},
+    "inputs": {"hub"},
+    "methods": {"ops"},
+    "vision": {"ops", "hub", "inputs"},
+    "core": {"ops", "methods", "configuration", "hub"},
+    "configuration": {"ops", "methods", "hub"},
+    "processing": {"configuration", "core", "hub", "inputs", "vision"},
+    "modeling": {"configuration", "core", "hub", "methods", "ops", "vision"},
+}
+
+
+def room_of(name):
+    return name.partition("_")[0]
+
+
+def of_type_checking(path):
+    """The lines of what is only named for transformers 4.57, and not imported."""
+    blocks = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+    return {line for block in blocks for line in range(block.lineno, block.end_lineno + 1)}
+
+
+def test_arrows_between_rooms_run_one_way(path):
+    room, named = room_of(path.stem), of_type_checking(path)
+    for statement, _ in imports(path):
+        if isinstance(statement, ast.ImportFrom) and statement.level and statement.lineno not in named:
+            assert room_of(statement.module) in ROOMS[room] | {room}, f"{path.name} imports .{statement.module}"
+
+
+def test_the_core_finds_methods_through_the_registry_alone():
+    for path in ROOT.glob("core_*.py"):
+        of_methods = {name for name in get_relative_imports(path) if room_of(name) == "methods"}
+        assert of_methods <= {"methods_base", "methods_registry"}, path.name
+
+
 def test_tensor_files_know_nothing_of_models():
-    """Files of tensor mathematics stand alone: they import torch and nothing of transformers."""
-    for name in ("selection_rediprune", "relevance_rediprune", "positions_rediprune"):
-        for statement, _ in imports(ROOT / f"{name}.py"):
+    """Files of tensor mathematics stand alone: beside one another they import torch and the standard library."""
+    for path in ROOT.glob("ops_*.py"):
+        for statement, _ in imports(path):
             module = statement.module if isinstance(statement, ast.ImportFrom) else statement.names[0].name
-            assert module and not module.startswith("transformers"), name
+            outside = isinstance(statement, ast.Import) or not statement.level
+            assert not outside or module.split(".")[0] in {"torch"} | sys.stdlib_module_names, path.name

@@ -1,4 +1,4 @@
-"""Tests of selection_rediprune.py: reference vectors, a slow reference step by step, and properties."""
+"""Tests of ops_selection.py: reference vectors, a slow reference step by step, and properties."""
 
 import json
 import math
@@ -8,26 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-
-from selection_rediprune import (
+from rediprune.ops_query import QUERY_WEIGHTINGS, align_query, build_query
+from rediprune.ops_selection import (
     CANDIDATE_POOLS,
-    QUERY_WEIGHTINGS,
-    TIE_TOLERANCE,
-    align_query,
-    build_query,
     count_kept,
-    gather_tokens,
-    group_means,
-    group_sizes,
-    nearest_kept,
-    query_tail,
     rows_are_cheaper,
     select_random,
     select_rediprune,
     select_uniform,
-    top_tokens,
 )
+from rediprune.ops_tokens import TIE_TOLERANCE, gather_tokens, group_means, group_sizes, nearest_kept, top_tokens
+from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -109,34 +100,12 @@ def test_query_golden(case, mask_dtype, golden):
     masks = [None] * case["B"]
     if case["has_mask"]:
         masks = golden("query_embedding", case, "attention_mask").to(mask_dtype)
-    placeholder = [MANIFEST["image_token_index"]]
-    queries = [build_query(table[query_tail(ids, mask, placeholder)]) for ids, mask in zip(input_ids, masks)]
-    torch.testing.assert_close(
-        torch.stack(queries), golden("query_embedding", case, "expected"), atol=2e-6, rtol=0
-    )
-
-
-@pytest.mark.parametrize("ids, mask, tail", [
-    ([5, 90, 6, 7], None, [6, 7]),
-    ([5, 90, 91, 6, 7], None, [6, 7]),
-    ([5, 6, 7], None, [5, 6, 7]),
-    ([5, 90], None, []),
-    ([], None, []),
-    ([0, 0, 90, 6, 7], [0, 0, 1, 1, 1], [6, 7]),
-    ([5, 90, 6, 7, 8, 0], [1, 1, 1, 0, 1, 0], [6, 8]),
-    ([5, 90, 6, 91, 7], [1, 1, 1, 0, 1], [6, 7]),
-    ([90, 1, 2, 3, 4, 5, 6], None, [3, 4, 5, 6]),
-    ([90, 1], [0, 0], []),
-])  # fmt: skip
-def test_query_tail(ids, mask, tail):
-    ids = torch.tensor(ids, dtype=torch.long)
-    mask = None if mask is None else torch.tensor(mask)
-    assert query_tail(ids, mask, [90, 91], max_tokens=4).tolist() == tail
-
-
-def test_query_tail_without_placeholder_ids():
-    assert query_tail(torch.tensor([1, 2]), None, []).tolist() == [1, 2]
-    assert query_tail(torch.tensor([1, 2]), None, [], max_tokens=0).tolist() == []
+    queries = []
+    for ids, mask in zip(input_ids, masks):
+        text = ids if mask is None else ids[mask.bool()]
+        is_question = (text == MANIFEST["image_token_index"]).flip(0).cumsum(0).flip(0) == 0
+        queries.append(build_query(table[text[is_question][-128:]]))
+    torch.testing.assert_close(torch.stack(queries), golden("query_embedding", case, "expected"), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("weighting", QUERY_WEIGHTINGS)
@@ -261,9 +230,7 @@ def released_pool(tokens, relevance, num_kept, threshold):
     return pool if len(pool) >= num_kept else most_relevant(tokens, relevance, num_kept)
 
 
-def reference_select(
-    features, query, num_kept, alpha=0.5, threshold=0.0, candidate_pool="all", max_candidates=None
-):
+def reference_select(features, query, num_kept, alpha=0.5, threshold=0.0, candidate_pool="all", max_candidates=None):
     """(L, C), (C,) -> kept indices, in fp64 and straight from the definitions."""
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     distance = (1 - unit @ unit.T).tolist()
@@ -314,9 +281,7 @@ def selections(draw, kinds=("gaussian", "clustered", "correlated")):
 
 pool_options = st.one_of(
     st.just({}),
-    st.fixed_dictionaries(
-        {"candidate_pool": st.just("released"), "threshold": st.sampled_from([-1, 0, 0.1, 0.5])}
-    ),
+    st.fixed_dictionaries({"candidate_pool": st.just("released"), "threshold": st.sampled_from([-1, 0, 0.1, 0.5])}),
     st.fixed_dictionaries(
         {
             "candidate_pool": st.just("algorithm1"),
@@ -356,9 +321,7 @@ def test_pools_differ():
     generator = torch.Generator().manual_seed(0)
     features, query = torch.randn(1, 60, 16, generator=generator), torch.randn(1, 16, generator=generator)
     kept = {
-        pool: select_rediprune(
-            features, query, 10, candidate_pool=pool, threshold=0.0 if pool == "all" else 0.05
-        )
+        pool: select_rediprune(features, query, 10, candidate_pool=pool, threshold=0.0 if pool == "all" else 0.05)
         for pool in CANDIDATE_POOLS
     }
     assert len({tuple(indices[0].tolist()) for indices in kept.values()}) == len(CANDIDATE_POOLS)
@@ -424,10 +387,10 @@ def test_groups_and_single_rows_select_the_same(selection, alpha, with_query, ro
     features, query, num_kept = selection
     query = query if with_query else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selection_rediprune.rows_are_cheaper", lambda *sizes: False)
+        patch.setattr("rediprune.ops_selection.rows_are_cheaper", lambda *sizes: False)
         expected = select_rediprune(features, query, num_kept, alpha=alpha)
-        patch.setattr("selection_rediprune.rows_are_cheaper", lambda *sizes: rows)
-        patch.setattr("selection_rediprune.CACHE_BYTES", cache_bytes)
+        patch.setattr("rediprune.ops_selection.rows_are_cheaper", lambda *sizes: rows)
+        patch.setattr("rediprune.ops_selection.CACHE_BYTES", cache_bytes)
         assert torch.equal(select_rediprune(features, query, num_kept, alpha=alpha), expected)
 
 
@@ -439,7 +402,7 @@ def test_groups_and_single_rows_select_the_same(selection, alpha, with_query, ro
 def test_the_cheaper_way_is_taken(monkeypatch, num_tokens, num_features, num_kept, rows):
     assert rows_are_cheaper(num_tokens, num_features, num_kept) == rows
     computed = []
-    monkeypatch.setattr("selection_rediprune._gram", lambda features: computed.append(1) or features @ features.mT)
+    monkeypatch.setattr("rediprune.ops_selection._gram", lambda features: computed.append(1) or features @ features.mT)
     features, query = torch.randn(1, num_tokens, num_features), torch.randn(1, num_features)
     select_rediprune(features, query, num_kept)
     assert computed == ([] if rows else [1])
@@ -533,7 +496,7 @@ def test_nonfinite_values_are_named(video, value, pool):
         with pytest.raises(ValueError, match=r"NaN.*sets \[1, 3\]"):
             select_rediprune(broken, None, 22)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"NaN.*sets \[1, 3\]"):
-            patch.setattr("selection_rediprune.CACHE_BYTES", 1)
+            patch.setattr("rediprune.ops_selection.CACHE_BYTES", 1)
             select_rediprune(broken, query, 22)
     broken = query.clone()
     broken[2, 0] = value
@@ -576,9 +539,7 @@ def test_cuda_selects_as_cpu(video, options):
     features, query = video
     kept = select_rediprune(features, query, 22, **options)
     assert torch.equal(select_rediprune(features.cuda(), query.cuda(), 22, **options).cpu(), kept)
-    assert torch.equal(
-        select_rediprune(features.cuda(), None, 22).cpu(), select_rediprune(features, None, 22)
-    )
+    assert torch.equal(select_rediprune(features.cuda(), None, 22).cpu(), select_rediprune(features, None, 22))
     identical = torch.ones(3, 144, 64, device="cuda")
     assert select_rediprune(identical, identical[:, 0], 22).tolist() == [list(range(22))] * 3
 
@@ -594,7 +555,7 @@ def test_a_tie_is_a_millionth_wide(difference, kept):
     relevance = torch.tensor([[0.0, difference, 1.0]])
     for rows in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("selection_rediprune.rows_are_cheaper", lambda *sizes: rows)  # noqa: B023
+            patch.setattr("rediprune.ops_selection.rows_are_cheaper", lambda *sizes: rows)  # noqa: B023
             assert select_rediprune(features, None, 2, relevance=relevance, alpha=1.0).tolist() == [[kept, 2]]
     assert nearest_kept(torch.eye(3)[None], torch.tensor([[0, 1]]))[0, 2] == 0
     tokens = torch.tensor([[[1.0, 0], [0, 1.0], [1.0, 1.0 + difference * 2]]])  # cosines apart by about 1.4 differences
@@ -697,7 +658,9 @@ def test_groups_by_hand():
     assert group_means(values, nearest, 2).tolist() == [[[2.0], [8.0]]]
     assert nearest_kept(features, torch.tensor([[1, 2, 4]])).tolist() == [[0, 0, 1, 1, 2]]
     times = torch.tensor([[0.0, 1, 0, 0, 0]])
-    assert nearest_kept(features, torch.tensor([[0, 1]]), times, 5.0).tolist() == [[0, 1, 0, 0, 0]]  # time alone decides
+    assert nearest_kept(features, torch.tensor([[0, 1]]), times, 5.0).tolist() == [
+        [0, 1, 0, 0, 0]
+    ]  # time alone decides
 
 
 @examples

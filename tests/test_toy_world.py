@@ -71,7 +71,9 @@ def test_objects_are_many_and_distinct(scenes):
 
 def test_a_tenth_of_the_tokens_cannot_hold_the_crowd(videos):
     kept = round(0.1 * (world.FRAME_SIZE // world.SLOT) ** 2)
-    crowded = [sum(thing.visible(t) for thing in scene.things) > kept for scene in videos for t in range(world.NUM_FRAMES)]
+    crowded = [
+        sum(thing.visible(t) for thing in scene.things) > kept for scene in videos for t in range(world.NUM_FRAMES)
+    ]
     assert np.mean(crowded) > 0.95
 
 
@@ -158,7 +160,15 @@ def test_constant_answers_do_not_score(scenes):
     for scene in scenes:
         for question in scene.questions:
             answers[question.type][question.answer] += 1
-    chance = {"colour": 1 / 7, "shape": 1 / 6, "place": 1 / 9, "count": 1 / 5, "presence": 1 / 2, "motion": 1 / 4, "order": 1 / 42}
+    chance = {
+        "colour": 1 / 7,
+        "shape": 1 / 6,
+        "place": 1 / 9,
+        "count": 1 / 5,
+        "presence": 1 / 2,
+        "motion": 1 / 4,
+        "order": 1 / 42,
+    }
     for type_, counts in answers.items():
         total = sum(counts.values())
         assert total > 0.8 * NUM_SCENES

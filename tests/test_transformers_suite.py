@@ -29,7 +29,7 @@ if not SDIST:
 pytest.importorskip("parameterized")
 
 from rediprune.configuration_rediprune import ReDiPruneConfig  # noqa: E402
-from rediprune.geometry_rediprune import image_grids, num_placeholders, video_grids  # noqa: E402
+from rediprune.core_layout import image_grids, num_placeholders, video_grids  # noqa: E402
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPVisionConfig,
@@ -54,7 +54,9 @@ def import_suite(folder):
         prefix = f"transformers-{version}/tests/"
         members = [member for member in archive if member.name.startswith(prefix) and member.isfile()]
         if not members:
-            raise RuntimeError(f"{SDIST} holds no tests of transformers {version}; download the archive of that version")
+            raise RuntimeError(
+                f"{SDIST} holds no tests of transformers {version}; download the archive of that version"
+            )
         for member in members:
             path = package / member.name.removeprefix(prefix)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +174,9 @@ OWN = {
         "test_correct_missing_keys",
         "test_model_weights_reload_no_missing_tied_weights",
     ),
-    **without("looks for the class without a head in the library's list, and there is none here", "test_torch_save_load"),
+    **without(
+        "looks for the class without a head in the library's list, and there is none here", "test_torch_save_load"
+    ),
 }
 
 # The suite knows by the names of the library's classes which of them take labels and shift them.

@@ -14,9 +14,9 @@ import pytest
 import torch
 from exporting import broken, refused, run
 from hub_server import Hub
-from rediprune.joint_space_rediprune import JointSpace, question_segments
+from rediprune.hub_untrusted import CODE_KEYS, without_code
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
-from rediprune.untrusted_rediprune import CODE_KEYS, without_code
+from rediprune.vision_joint_space import JointSpace, question_segments
 from safetensors.torch import load_file
 from tiny import save_clip, save_stock_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor

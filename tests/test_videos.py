@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rediprune.video_rediprune import read_video
+from rediprune.inputs_video import read_video
 from tiny import grey_video, random_video, write_video
 
 

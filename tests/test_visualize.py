@@ -156,7 +156,13 @@ def test_what_a_method_looks_at_is_at_its_token(loaded, media):
         kept = item.masks[step][part]
         chosen = np.sort(item.look[part][kept])[1:]
         assert chosen.min() >= np.sort(item.look[part][~kept])[-1] - 1e-5
-    names = {"rediprune_plus": "relevance", "visionzip": "cls_attention", "mmtok": "text_rows", "uniform": None, "evoprune": None}
+    names = {
+        "rediprune_plus": "relevance",
+        "visionzip": "cls_attention",
+        "mmtok": "text_rows",
+        "uniform": None,
+        "evoprune": None,
+    }
     for setting, name in names.items():
         item = Case(loaded, media, setting).trace(steps=4)
         assert item.look_name == name and (item.look is None) == (name is None)
@@ -235,8 +241,19 @@ def test_the_page_needs_nothing_but_itself(written):
 @pytest.mark.parametrize("questions", [["what?"], ["", "where is <video>?"], ["one?", "two?", "three?"]], ids=len)
 def test_sheets_of_other_shapes(monkeypatch, tmp_path, media, questions):
     run(
-        monkeypatch, *media, "--output", tmp_path / "kept.png", "--questions", *questions, "--ratios", 0.2, "--steps", 6,
-        "--methods", "rediprune,alpha=2", "evoprune",
+        monkeypatch,
+        *media,
+        "--output",
+        tmp_path / "kept.png",
+        "--questions",
+        *questions,
+        "--ratios",
+        0.2,
+        "--steps",
+        6,
+        "--methods",
+        "rediprune,alpha=2",
+        "evoprune",
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.html", "kept.json", "kept.png"]
     record = json.loads((tmp_path / "kept.json").read_text())
@@ -366,7 +383,9 @@ def test_pointing_at_a_patch_shows_its_numbers(opened, written):
     )
     opened.move_to(x, y)
     text = opened.evaluate("document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent")
-    first, *_, other = [item for item in json.loads(written[".json"].read_text())["traces"] if item["method"] == "rediprune"]
+    first, *_, other = [
+        item for item in json.loads(written[".json"].read_text())["traces"] if item["method"] == "rediprune"
+    ]
     assert text.startswith("frame 1, row 1, column 1\nleft:")
     for item in (first, other):
         score, rank = item["scores"][0][0], item["rank"][0][0]

@@ -5,8 +5,8 @@ import operator
 
 import pytest
 import torch
-from rediprune.relevance_rediprune import word_rows
-from rediprune.words_rediprune import content_words
+from rediprune.inputs_words import content_words
+from rediprune.ops_relevance import word_rows
 from tiny import random_image, random_video, shown, tiny_model, tiny_processor
 
 MMTOK = {"method": "mmtok", "keep_ratio": 0.25}
@@ -40,7 +40,10 @@ def ids_of(prompt, **media):
 @pytest.mark.parametrize(
     "prompt, words",
     [
-        ("USER: <video>\nwhat colour is the star ? ASSISTANT:", "colour star"),  # the chat template asks with these words
+        (
+            "USER: <video>\nwhat colour is the star ? ASSISTANT:",
+            "colour star",
+        ),  # the chat template asks with these words
         ("USER: which way ? <video>\nwhere is the star ?", "star"),
         ("USER: where is the star ? <video>\nASSISTANT:", ""),
     ],
@@ -146,7 +149,9 @@ def test_missing_ids():
     inputs = processor(text="<video> the red star", videos=random_video())
     for change in ({"word_input_ids": None}, {"word_input_ids": inputs["word_input_ids"][:0]}):
         for call in (model, model.select_tokens):
-            with pytest.raises(ValueError, match="words='content' needs word_input_ids.*processor of this.*words to 'all'"):
+            with pytest.raises(
+                ValueError, match="words='content' needs word_input_ids.*processor of this.*words to 'all'"
+            ):
                 call(**{**inputs, **change})
     model.config.pruning.words = "all"
     model(**{**inputs, "word_input_ids": None})
@@ -156,7 +161,9 @@ def test_missing_ids():
 def test_generates(mode):
     """A batch as each of its samples alone."""
     model, processor = tiny_model(**MMTOK), tiny_processor(**MMTOK)
-    texts = [f"USER: <video>\n{question} ASSISTANT:" for question in ("where is it ?", "which way does the red star move ?")]
+    texts = [
+        f"USER: <video>\n{question} ASSISTANT:" for question in ("where is it ?", "which way does the red star move ?")
+    ]
     options = {"max_new_tokens": 4, "do_sample": False, **mode}
     videos = [random_video(1), random_video(2)]
     batch = model.generate(**processor(text=texts, videos=videos, padding=True), **options)[:, -4:]

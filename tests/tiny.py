@@ -25,7 +25,9 @@ IMAGE_SIZE, PATCH_SIZE = 32, 4
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 POOLED = PATCHES // 4
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
-WORDS = "USER : ASSISTANT what colour is the star ? where which way does it move red blue left right top how many".split()
+WORDS = (
+    "USER : ASSISTANT what colour is the star ? where which way does it move red blue left right top how many".split()
+)
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "

@@ -39,9 +39,7 @@ def build_processor(config) -> ReDiPruneProcessor:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     size = {"height": 336, "width": 336}
     return ReDiPruneProcessor(
-        video_processor=LlavaNextVideoVideoProcessor(
-            size={"shortest_edge": 336}, crop_size=size, do_center_crop=True
-        ),
+        video_processor=LlavaNextVideoVideoProcessor(size={"shortest_edge": 336}, crop_size=size, do_center_crop=True),
         image_processor=LlavaNextImageProcessor(
             size={"shortest_edge": 336}, crop_size=size, image_grid_pinpoints=PINPOINTS
         ),
@@ -57,9 +55,7 @@ def build_processor(config) -> ReDiPruneProcessor:
 def measure(model, inputs, token_id) -> dict:
     projected = []
     projector = model.model.multi_modal_projector
-    handle = projector.register_forward_pre_hook(
-        lambda module, args: projected.append(args[0].flatten(0, -2).shape[0])
-    )
+    handle = projector.register_forward_pre_hook(lambda module, args: projected.append(args[0].flatten(0, -2).shape[0]))
     outputs = model(**inputs.to(torch.bfloat16), logits_to_keep=1, use_cache=False)
     handle.remove()
     kept = outputs.get("video_kept_indices")

@@ -5,26 +5,17 @@ with H features each. Section, equation and algorithm numbers are those of the R
 """
 
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
-import torch.nn.functional as F
 
-QUERY_WEIGHTINGS = ("exponential", "self_attention", "middle_peak", "average")
+from .ops_tokens import cosines, first_largest, inverse_norms
+
 CANDIDATE_POOLS = ("all", "algorithm1", "released")
 
 # The pool is at most this many times the number of tokens still to be picked (beta in Algorithm 1).
 POOL_FACTOR = 3
-# Norms are floored here, so that a zero vector stays zero instead of turning into NaN.
-MIN_NORM = 1e-12
-# Scores this close are a tie. It is a little above the rounding error of an fp32 cosine; below it, the order
-# of summation (batch size, number of threads, device) would decide which of two near-duplicates wins.
-TIE_TOLERANCE = 1e-6
-# Gains fall with the number of tokens and from pick to pick, so there a tie is this share of the largest one: what fp32 input
-# does not tell apart. They are computed in fp64, whose rounding error is far below it.
-RELATIVE_TIE = 1e-7
 # The largest weight of relevance or time beside a distance of at most 2: far from what an fp32 score can hold, and from
 # where rounding leaves nothing of the distance.
 LARGEST_WEIGHT = 10**6
@@ -47,90 +38,6 @@ def count_kept(num_tokens: int, keep_ratio: float) -> int:
     if not isinstance(keep_ratio, Real) or isinstance(keep_ratio, bool) or not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio must be a number in (0, 1], got {keep_ratio!r}")
     return max(1, round(float(keep_ratio) * int(num_tokens)))
-
-
-def query_tail(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    placeholder_ids: Iterable[int],
-    max_tokens: int = 128,
-) -> torch.Tensor:
-    """The text a query is built from: the ids after the last placeholder (all ids if there is none), at most
-    the last `max_tokens` of them.
-
-    `input_ids` (T,) of one sample; `attention_mask` (T,) bool or 0/1 integers; positions that are 0 are
-    removed first.
-    """
-    if attention_mask is not None:
-        # Without the cast, an integer mask would be read as positions 0 and 1 instead of as a mask.
-        input_ids = input_ids[attention_mask.bool()]
-    is_placeholder = torch.isin(input_ids, input_ids.new_tensor(list(placeholder_ids)))
-    positions = is_placeholder.nonzero()
-    tail = input_ids[positions[-1] + 1 :] if len(positions) else input_ids
-    return tail[max(0, len(tail) - max_tokens) :]
-
-
-@torch.no_grad()
-def build_query(embeddings: torch.Tensor, weighting: str = "exponential") -> torch.Tensor:
-    """One query vector from the input embeddings of the text, q = sum_j w_j c_j (Eq. 1).
-
-    `embeddings` (J, H) of any floating dtype; returns (H,) in fp32, zeros if J = 0. The weightings:
-
-    - "exponential": c = A e with A = softmax(cosine(e, e)) by rows, w_j proportional to exp(3 j / (J - 1))
-      with j from 0 (the authors' code);
-    - "self_attention": c = A e, uniform w;
-    - "middle_peak": c = e, w_j a Gaussian around the middle of the text with standard deviation J / 4;
-    - "average": c = e, uniform w.
-
-    Raises ValueError for any other weighting.
-    """
-    if weighting not in QUERY_WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {QUERY_WEIGHTINGS}, got {weighting!r}")
-    if embeddings.ndim != 2:
-        raise ValueError(f"embeddings must have shape (J, H), got {tuple(embeddings.shape)}")
-    with torch.autocast(embeddings.device.type, enabled=False):
-        embeddings = embeddings.float()
-        num_tokens = embeddings.shape[0]
-        if num_tokens == 0:
-            return embeddings.new_zeros(embeddings.shape[1])
-        position = torch.arange(num_tokens, dtype=torch.float32, device=embeddings.device)
-        if weighting == "exponential":
-            weights = torch.exp(3 * position / max(1, num_tokens - 1))
-        elif weighting == "middle_peak":
-            weights = torch.exp(-((position - (num_tokens - 1) / 2) ** 2) / (2 * (num_tokens / 4) ** 2))
-        else:
-            weights = torch.ones_like(position)
-        weights = weights / weights.sum()
-        if weighting in ("exponential", "self_attention"):
-            unit = F.normalize(embeddings, dim=-1, eps=MIN_NORM)
-            weights = weights @ (unit @ unit.T).softmax(dim=-1)  # w (A e) = (w A) e
-        return weights @ embeddings
-
-
-def align_query(query: torch.Tensor, dim: int) -> torch.Tensor:
-    """Bring `query` (N, D) to (N, dim) in fp32, without learning: if D > dim, averages of consecutive entries
-    (blocks of D / dim, or adaptive average pooling where that is no integer); if D < dim, tiled and cut.
-    """
-    query = query.float()
-    if query.shape[1] > dim:
-        return F.adaptive_avg_pool1d(query, dim)
-    return query.repeat(1, math.ceil(dim / query.shape[1]))[:, :dim]
-
-
-@torch.no_grad()
-def cosine_relevance(features: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Cosine of every token (N, L, C) with the query (N, C) of its set (Eq. 3), (N, L) fp32; 0 where either is zero."""
-    features = features.float()
-    return _cosines(features, _inverse_norm(features), query.float())
-
-
-def _inverse_norm(features: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(features, dim=-1).clamp_min(MIN_NORM).reciprocal()
-
-
-def _cosines(features: torch.Tensor, inverse_norm: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    # The query is the left factor: so a set has the same sums alone and in a batch (CPU).
-    return torch.bmm(F.normalize(query, dim=-1, eps=MIN_NORM)[:, None], features.mT)[:, 0] * inverse_norm
 
 
 @torch.no_grad()
@@ -205,17 +112,11 @@ def select_rediprune(
     if candidate_pool not in CANDIDATE_POOLS:
         raise ValueError(f"candidate_pool must be one of {CANDIDATE_POOLS}, got {candidate_pool!r}")
     if candidate_pool == "all" and threshold > 0:
-        raise ValueError(
-            f"threshold {threshold!r} needs candidate_pool 'algorithm1' or 'released', got 'all'"
-        )
+        raise ValueError(f"threshold {threshold!r} needs candidate_pool 'algorithm1' or 'released', got 'all'")
     if candidate_pool != "all" and query is None and relevance is None:
-        raise ValueError(
-            f"candidate_pool {candidate_pool!r} ranks tokens by relevance and needs a query, got None"
-        )
+        raise ValueError(f"candidate_pool {candidate_pool!r} ranks tokens by relevance and needs a query, got None")
     if max_candidates is not None and (candidate_pool != "algorithm1" or max_candidates < 1):
-        raise ValueError(
-            f"max_candidates must be >= 1 with candidate_pool 'algorithm1', got {max_candidates!r}"
-        )
+        raise ValueError(f"max_candidates must be >= 1 with candidate_pool 'algorithm1', got {max_candidates!r}")
     if num_kept >= num_tokens:
         return torch.arange(num_tokens, device=features.device).repeat(num_sets, 1)
 
@@ -244,13 +145,13 @@ def _select_group(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kept indices (N, k) of sets that are worked on together, and (N,) bool which of them hold invalid values."""
     features = features.float()
-    inverse_norm = _inverse_norm(features)
+    inverse_norm = inverse_norms(features)
     invalid = ~(inverse_norm > 0).all(1)  # 1 / inf is 0, and NaN is not larger than anything
     has_relevance = query is not None or relevance is not None
     if query is not None:
         query = query.float()
         invalid |= ~torch.linalg.vector_norm(query, dim=-1).isfinite()
-        relevance = _cosines(features, inverse_norm, query)
+        relevance = cosines(features, inverse_norm, query)
     elif relevance is not None:
         relevance = relevance.float().clone()
         invalid |= ~relevance.isfinite().all(1)
@@ -298,59 +199,6 @@ def _select_group(
             row.scatter_(1, pick, -torch.inf)
         best = row if step == 0 else torch.minimum(best, row, out=best)
     return torch.cat(picks, dim=1).sort(dim=1).values, invalid
-
-
-def top_tokens(scores: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """(N, L) -> (N, k): the tokens with the largest scores, ascending. Scores are compared in steps of `TIE_TOLERANCE`, and
-    of equals the lowest index wins. Raises ValueError where scores are NaN or infinite.
-    """
-    check_finite("scores", scores)
-    order = (scores.float() / TIE_TOLERANCE).round().argsort(dim=1, descending=True, stable=True)
-    return order[:, :num_kept].sort(dim=1).values
-
-
-def check_finite(name: str, values: torch.Tensor) -> None:
-    """Raises ValueError, with the sets, where `values` (N, ...) are not finite."""
-    invalid = ~values.isfinite().flatten(1).all(1)
-    if invalid.any():
-        raise ValueError(f"{name} hold NaN, infinite or too large values in sets {invalid.nonzero()[:, 0].tolist()}")
-
-
-def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows `indices` (N, k) of `features` (N, L, C) as (N, k, C), untouched; gradients flow to `features`."""
-    return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
-
-
-@torch.no_grad()
-def nearest_kept(
-    features: torch.Tensor, kept: torch.Tensor, times: torch.Tensor | None = None, time_weight: float = 0.0
-) -> torch.Tensor:
-    """Which of the kept tokens each token is nearest to; a kept one is its own, also where two are equal.
-
-    The distance is that of `select_rediprune`, 1 - cosine + time_weight |t_i - t_j|. Features (N, L, C), `kept` (N, k)
-    ascending indices, times (N, L); returns LongTensor (N, L) with numbers in 0 .. k - 1.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        unit = F.normalize(features.float(), dim=-1, eps=MIN_NORM)
-        nearness = unit @ gather_tokens(unit, kept).mT
-        if times is not None and time_weight:
-            nearness -= time_weight * (times[:, :, None] - times.gather(1, kept)[:, None]).abs()
-    nearest = first_largest(nearness.flatten(0, 1)).view(kept.shape[0], -1)
-    return nearest.scatter(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
-
-
-def group_sizes(nearest: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """How many tokens each kept one stands for, (N, k) fp32, from `nearest_kept`; adds up to L in each set."""
-    ones = torch.ones_like(nearest, dtype=torch.float32)
-    return ones.new_zeros(len(nearest), num_kept).scatter_add_(1, nearest, ones)
-
-
-def group_means(features: torch.Tensor, nearest: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """The mean (N, k, C) fp32 of the tokens that each kept one stands for; gradients flow to `features` (N, L, C)."""
-    features = features.float()
-    sums = features.new_zeros(len(features), num_kept, features.shape[-1])
-    sums = sums.scatter_add(1, nearest[..., None].expand_as(features), features)
-    return sums / group_sizes(nearest, num_kept)[..., None]
 
 
 def select_random(num_tokens: int, num_kept: int, seeds: Sequence[int]) -> torch.Tensor:
@@ -404,21 +252,6 @@ def _gram(features: torch.Tensor) -> torch.Tensor:
         torch.bmm(features[:, rows], features[:, : start + block].mT, out=gram[:, rows, : start + block])
         gram[:, :start, rows] = gram[:, rows, :start].mT
     return gram
-
-
-def in_double(values: torch.Tensor) -> torch.Tensor:
-    """`values` in fp64; on the CPU where their device has none (MPS)."""
-    return values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
-
-
-def first_largest(scores: torch.Tensor, relative: bool = False) -> torch.Tensor:
-    """(N, L) -> (N,): in each row the lowest index among the ties for the largest score.
-
-    A tie lies within `TIE_TOLERANCE` of it or, if `relative`, within its `RELATIVE_TIE`-th part.
-    """
-    largest = scores.amax(1, keepdim=True)
-    ties = scores >= largest - (RELATIVE_TIE * largest.abs() if relative else TIE_TOLERANCE)
-    return ties.view(torch.uint8).argmax(1)  # argmax is defined to return the first of equals
 
 
 def _released_pool(relevance: torch.Tensor, num_kept: int, threshold: float) -> torch.Tensor:

@@ -5,7 +5,8 @@ from typing import Optional
 
 import torch
 
-from .selection_rediprune import count_kept, gather_tokens
+from .ops_selection import count_kept
+from .ops_tokens import gather_tokens
 
 
 @dataclass

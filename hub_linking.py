@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, LlavaNextVideoConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
-from .configuration_rediprune import BASE_MODEL_TYPE, ReDiPruneConfig, names_folder, resolve_folder
-from .untrusted_rediprune import link_files, read_config, weight_files
+from .configuration_rediprune import BASE_MODEL_TYPE, ReDiPruneConfig
+from .hub_untrusted import link_files, names_folder, read_config, resolve_folder, weight_files
 
 HUB_KEYS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 # What `from_pretrained` of a model takes for itself, although a config has it too.
@@ -39,7 +39,9 @@ def follow_link(variant, kwargs: dict) -> tuple:
     """
     config = kwargs.get("config")
     hub = _hub_arguments(kwargs)
-    if isinstance(config, LlavaNextVideoConfig):  # the Auto classes import this repository's class once more, as another
+    if isinstance(
+        config, LlavaNextVideoConfig
+    ):  # the Auto classes import this repository's class once more, as another
         config, rest = copy.deepcopy(config), kwargs
     elif variant is None:
         return variant, kwargs
@@ -134,7 +136,9 @@ def damage_explained(source):
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        message = f"a weights file (.safetensors) of {str(source)!r} is truncated or damaged: {error}. Download it again."
+        message = (
+            f"a weights file (.safetensors) of {str(source)!r} is truncated or damaged: {error}. Download it again."
+        )
         raise OSError(message) from error
 
 

@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from .method_evoprune_rediprune import merge_tokens, merging_schedule
-from .selection_rediprune import gather_tokens
+from .ops_merging import merge_tokens, merging_schedule
+from .ops_tokens import gather_tokens
 
 FIELDS = frozenset({"cls_attention", "keys", "last_cls_attention", "last_keys"})  # what `read_attention` can give
 
 
 # Layers of 4.57 take a causal mask beside the mask of padding, and give a tuple.
-NO_MASKS = (None,) * len({"attention_mask", "causal_attention_mask"} & set(signature(CLIPEncoderLayer.forward).parameters))
+NO_MASKS = (None,) * len(
+    {"attention_mask", "causal_attention_mask"} & set(signature(CLIPEncoderLayer.forward).parameters)
+)
 
 
 def transformer(tower):

@@ -1,14 +1,11 @@
 """The registry of pruning methods: every value of `pruning.method` in config.json."""
 
-from .method_cdpruner_rediprune import CDPruner
-from .method_controls_rediprune import NoPruning, Random, Uniform
-from .method_coverage_rediprune import MMTok, Scope
-from .method_divprune_rediprune import DivPrune
-from .method_evoprune_rediprune import EvoPrune, EvoPruneReDiPrune
-from .method_prumerge_rediprune import PruMerge, PruMergePlus
-from .method_rediprune import ReDiPrune, ReDiPrunePlus
-from .method_trim_rediprune import Trim
-from .method_visionzip_rediprune import VisionZip
+from .methods_attention import PruMerge, PruMergePlus, VisionZip
+from .methods_baselines import NoPruning, Random, Uniform
+from .methods_coverage import MMTok, Scope
+from .methods_distance import DivPrune, ReDiPrune, ReDiPrunePlus
+from .methods_encoder import EvoPrune, EvoPruneReDiPrune
+from .methods_relevance import CDPruner, Trim
 
 METHODS = {
     "rediprune": ReDiPrune(),

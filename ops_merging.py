@@ -1,4 +1,4 @@
-"""EvoPrune (reconstruction): patches are merged step by step inside the vision encoder.
+"""Merging tokens step by step: how many are left after which layer, and which become one (EvoPrune, reconstruction).
 
 The paper's method text and code were not available, only its abstract and a summary (arXiv 2603.03681). What they say is
 followed: no training, merging at some layers of the encoder, and one score of similarity, diversity and attention. Everything
@@ -10,27 +10,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .method_base_rediprune import Method
-from .method_rediprune import ReDiPrune
-from .method_visionzip_rediprune import in_raster_order, others
-from .selection_rediprune import MIN_NORM, check_finite, count_kept, first_largest, gather_tokens, top_tokens
+from .ops_tokens import MIN_NORM, check_finite, first_largest, gather_tokens, in_raster_order, others, top_tokens
 
 DIVERSITY_WEIGHT = ATTENTION_WEIGHT = 0.3
 MIN_STEPS = 4
-
-
-class EvoPrune(Method):
-    """EvoPrune (reconstruction): the encoder itself leaves as many tokens of each set as stay; its cost falls with them."""
-
-    def count_in_encoder(self, num_patches, num_kept, pruning):
-        return num_kept
-
-
-class EvoPruneReDiPrune(ReDiPrune):
-    """EvoPrune (reconstruction) down to the share `encoder_keep_ratio` of the patches, then ReDiPrune on what is left."""
-
-    def count_in_encoder(self, num_patches, num_kept, pruning):
-        return max(num_kept, count_kept(num_patches, pruning.encoder_keep_ratio))
 
 
 def merging_schedule(num_tokens: int, num_kept: int, num_layers: int) -> dict:

@@ -1,10 +1,19 @@
-"""CDPruner: a determinantal point process over the tokens, conditioned on their relevance."""
+"""CDPruner and TRIM: tokens by their relevance to the question."""
 
 import torch
 import torch.nn.functional as F
 
-from .method_base_rediprune import Method
-from .selection_rediprune import MIN_NORM, check_finite, first_largest, in_double
+from .methods_base import Method
+from .ops_tokens import (
+    MIN_NORM,
+    check_finite,
+    first_largest,
+    gather_tokens,
+    in_double,
+    in_raster_order,
+    others,
+    top_tokens,
+)
 
 # Of a unit vector the squared length that the kept ones do not span; below this it is a rounding error in fp64.
 SPENT = 1e-10
@@ -75,3 +84,31 @@ def select_conditional_dpp(features: torch.Tensor, quality: torch.Tensor, num_ke
         taken.scatter_(1, pick, True)
         picks.append(pick)
     return torch.cat(picks, dim=1).sort(dim=1).values.to(features.device)
+
+
+class Trim(Method):
+    """
+    The most relevant tokens, and the mean of all others as one more (TRIM, arXiv 2409.10994, Sec. 3).
+
+    The training-free form with a fixed count, which takes the mean token from the budget; the paper finds the count from the
+    outliers of the relevance, and trains with it. The mean stands where the last dropped token was. A budget of one token
+    is the most relevant one.
+    """
+
+    needs = frozenset({"relevance"})
+    relevance = "projected"
+    relevance_with_tower = "clip"
+
+    def reduce(self, tokens, num_kept, pruning):
+        features = tokens.features
+        check_finite("features", features)
+        relevance = tokens.relevance
+        if relevance is None:  # nothing tells the tokens apart
+            relevance = torch.zeros(features.shape[:2], device=features.device)
+        kept = top_tokens(relevance, max(1, num_kept - 1))
+        if num_kept == 1:
+            return gather_tokens(features, kept), kept
+        dropped = others(kept, features.shape[1])
+        mean = gather_tokens(features, dropped).float().mean(1, keepdim=True).to(features.dtype)
+        merged = torch.cat([gather_tokens(features, kept), mean], dim=1)
+        return in_raster_order(merged, torch.cat([kept, dropped[:, -1:]], dim=1))

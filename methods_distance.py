@@ -1,7 +1,7 @@
-"""ReDiPrune: relevance and max-min diversity, before the projector."""
+"""ReDiPrune, rediprune_plus and DivPrune: max-min diversity, with or without the question."""
 
-from .method_base_rediprune import Method
-from .selection_rediprune import select_rediprune
+from .methods_base import Method
+from .ops_selection import select_rediprune
 
 
 class ReDiPrune(Method):
@@ -42,3 +42,21 @@ class ReDiPrunePlus(ReDiPrune):
     proportional_attention = True
     merging = 0.3
     positions = "original"
+
+
+class DivPrune(Method):
+    """
+    Max-min diversity of the projected tokens, greedily (arXiv 2503.02175, Sec. 3): first the token whose nearest other
+    token is farthest, then always the one farthest from all kept ones.
+
+    The paper takes all tokens of a prompt jointly, so that the frames of a video get unequal shares. Kept tokens cannot be
+    picked again, and at least one stays.
+    """
+
+    needs = frozenset({"compared", "times"})
+    scope = "medium"
+    distance = "projected"
+
+    def select(self, tokens, num_kept, pruning):
+        time_weight = pruning.resolved("time_weight")
+        return select_rediprune(tokens.compared, None, num_kept, times=tokens.times, time_weight=time_weight)

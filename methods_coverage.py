@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from .method_base_rediprune import Method
-from .selection_rediprune import MIN_NORM, check_finite, first_largest, in_double
+from .methods_base import Method
+from .ops_tokens import MIN_NORM, check_finite, first_largest, in_double
 
 VISION_TEMPERATURE = 0.2
 VISION_WEIGHT = 0.5  # that of the words is 1

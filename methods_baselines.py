@@ -1,7 +1,8 @@
 """The controls of every comparison: tokens at random, evenly spaced tokens, all tokens."""
 
-from .method_base_rediprune import Method
-from .selection_rediprune import check_finite, select_random, select_uniform
+from .methods_base import Method
+from .ops_selection import select_random, select_uniform
+from .ops_tokens import check_finite
 
 
 class Random(Method):

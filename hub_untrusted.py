@@ -9,14 +9,37 @@ from typing import Optional
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_files, extract_commit_hash
 
-from .configuration_rediprune import names_folder
-
 # Keys of JSON files by which transformers finds code to run: classes in other repositories, and kernels.
 CODE_KEYS = {"auto_map", "custom_pipelines", "fusion_config"}
 CODE_KEYS |= {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 CODE_KEYS |= {"experts_implementation", "_experts_implementation", "_experts_implementation_internal"}
 PLAIN = re.compile(r'[^/\\:*?"<>|\x00-\x1f]+')  # one file name on every system
 _link_folders = []  # until the process ends, because weights that are offloaded to disk are read again and again
+
+
+def names_folder(place: str) -> bool:
+    """Whether `place` is a folder (absolute, or beginning with `.` or `~`) and not a Hub id."""
+    return place.startswith((".", "~")) or os.path.isabs(place)
+
+
+def resolve_folder(key: str, place: str, variant) -> str:
+    """
+    `place`, the value of a key of `config.json`, with a relative folder resolved against the variant's own.
+
+    Raises:
+        OSError: it is relative to a variant that is on the Hub.
+    """
+    if not names_folder(place):
+        return place
+    folder = os.path.expanduser(place)
+    if not os.path.isabs(folder):
+        if not os.path.isdir(variant):
+            raise OSError(
+                f"{key}={place!r} is a folder relative to the variant, but the variant {str(variant)!r} is not a local folder; "
+                f"set {key} in its config.json to a Hub id."
+            )
+        folder = os.path.join(variant, folder)
+    return os.path.abspath(folder)
 
 
 def find_files(source: str, names: list, **hub) -> dict:

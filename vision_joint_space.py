@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
 
-from .configuration_rediprune import names_folder
-from .selection_rediprune import MIN_NORM
-from .tokenizing_rediprune import OneAtATime
-from .untrusted_rediprune import find_files, link_files, read_config, weight_files
+from .hub_untrusted import find_files, link_files, names_folder, read_config, weight_files
+from .inputs_tokenizing import OneAtATime
+from .ops_tokens import MIN_NORM
 
 SEGMENT = 77  # tokens that a CLIP text tower reads at once
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")

@@ -6,7 +6,8 @@ Shapes: N sets of L tokens; T words of a question, H the width of the language m
 import torch
 import torch.nn.functional as F
 
-from .selection_rediprune import MIN_NORM, cosine_relevance, in_double
+from .ops_query import cosine_relevance
+from .ops_tokens import MIN_NORM, in_double
 
 # "pooled": cosine of the vision features with one vector for the text, which is brought to their width by averaging; the
 #     ReDiPrune paper's. Nothing has trained these two spaces to agree.

@@ -10,7 +10,7 @@ from typing import Callable
 
 from transformers.image_utils import is_pil_image, load_image
 
-from .download_rediprune import is_url
+from .inputs_download import is_url
 
 try:
     from transformers.image_utils import PIL  # Pillow, which a model can be loaded without

@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .cache_record_rediprune import cached_tokens
+from .core_cache import cached_tokens
 
 
 def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, cache=None, cache_position=None):
