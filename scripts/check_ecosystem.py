@@ -351,7 +351,7 @@ def published(case):
     """On a Hub of this process; everything else happens in fresh ones."""
     if not os.environ.get("OTHER_PYTHON"):
         raise NotImplementedError("not run: OTHER_PYTHON names no interpreter")
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from hub_server import Hub
 
     notes = []
@@ -515,24 +515,24 @@ def run_rows(case, names) -> dict:
 NOTES = """
 ## What the tests run
 
-- **Pipelines** (`tests/test_pipelines.py`): `image-text-to-text` on both lines and `any-to-any` on 5.x, with chats about images,
+- **Pipelines** (`tests/model/test_pipelines.py`): `image-text-to-text` on both lines and `any-to-any` on 5.x, with chats about images,
   videos and several media, several chats, batches of prompts, and streaming (`generate_kwargs={"streamer": ...}`). A keep ratio for
   one call: `processor_kwargs={"keep_ratio": 0.3}` for chats on 5.x, `keep_ratio=0.3` outside of a chat on both; chat pipelines of
   4.57 pass nothing on to the processor, so there it is set for the pipeline, in `pipe.processor.pruning.keep_ratio` and
   `pipe.model.config.pruning.keep_ratio`. A `batch_size` above 1 is for media of one kind and size, as with every model: pipelines
   concatenate their pixels, and those of 4.57 cannot do it with videos.
-- **A Hub** on loopback (`tests/test_hub.py`): pushed, loaded by id through every Auto class, pinned, private, gated, moved, offline,
+- **A Hub** on loopback (`tests/hub/test_hub.py`): pushed, loaded by id through every Auto class, pinned, private, gated, moved, offline,
   linked, broken off. Set `OTHER_PYTHON` to an interpreter with the other line of transformers, and each loads what the other pushed.
-- **Generation** (`tests/test_generation.py`): greedy, sampled, beams, sampled beams, several sequences, assisted, prompt lookup, no
+- **Generation** (`tests/model/test_generation.py`): greedy, sampled, beams, sampled beams, several sequences, assisted, prompt lookup, no
   cache, dynamic, static and quantised (with quanto) caches, one compiled graph, going on from a cache, embeddings as a prompt, left
   padding, positions of the caller, streamers, and the shapes and values of scores, logits, states and attentions; offloaded caches
   on a GPU alone. The reference is the stock class, which is handed the pruned prompt as embeddings. Contrastive search, group beams,
   constrained beams and DoLa are not run: transformers loads their code from the Hub.
-- **transformers' own tests** (`tests/test_transformers_suite.py`): `ModelTesterMixin` and `ConfigTester`, from the source archive
+- **transformers' own tests** (`tests/model/test_transformers_suite.py`): `ModelTesterMixin` and `ConfigTester`, from the source archive
   on PyPI, at ratio 1, with half of the tokens, and with `rediprune_plus`. Whatever the stock class passes passes, but for four tests
   whose reasons stand beside them. `GenerationTesterMixin` is not in that archive (which has `tests/*.py` and no folders) and was not
   run; the tests of generation above take its place.
-- **What `rediprune_plus` cannot have** (`tests/test_modeling.py`): it adds to the logits of attention and leaves gaps between
+- **What `rediprune_plus` cannot have** (`tests/model/test_modeling.py`): it adds to the logits of attention and leaves gaps between
   positions, so flash attention and a sliding window are refused, with a message that says so.
 - **Serving engines**: the processor tells how many placeholders an image or video takes (`_get_num_multimodal_tokens`), which the
   tests compare with real prompts. No engine but `transformers serve` was run.

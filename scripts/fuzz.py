@@ -42,7 +42,7 @@ from repository import ROOT, at_least_one, code_module, environment, output_pref
 from tqdm import tqdm
 from transformers import DynamicCache
 
-sys.path.append(str(ROOT / "tests"))  # the builders of small models are those of the tests
+sys.path.append(str(ROOT / "tests" / "support"))  # the builders of small models are those of the tests
 code_module("configuration_rediprune")
 from tiny import random_image, random_video, save_clip, stock_twin, tiny_model, tiny_processor  # noqa: E402
 

@@ -47,7 +47,7 @@ MODEL_TESTS = (
     "test_refusals.py",
 )
 PROCESSOR_TESTS = ("test_processing.py", "test_media.py", "test_videos.py", "test_chat.py", "test_processor_threads.py")
-# For each file the tests that are to notice its faults, likely ones first. A file that is not named has all tests.
+# For each file the tests that are to notice its faults, likely ones first, in whatever folder of tests/. A file that is not named has all tests.
 TESTS = {
     "core_attention.py": ("test_modeling.py", "test_cache.py", "test_generation.py"),
     "core_cache.py": ("test_cache.py", "test_generation.py", "test_prefill_chunks.py"),
@@ -188,7 +188,8 @@ class Bench:
         """The test files for a file, in the order in which they run."""
         if self.given:
             return tuple(self.given)
-        named = [f"tests/{name}" for name in TESTS.get(file, ()) if (self.tree / "tests" / name).is_file()]
+        places = {path.name: str(path.relative_to(self.tree)) for path in (self.tree / "tests").rglob("test_*.py")}
+        named = [places[name] for name in TESTS.get(file, ()) if name in places]
         return tuple(named or ["tests"])
 
     def run(self, tests: tuple, timeout=None) -> tuple:
@@ -262,7 +263,7 @@ def bench(args):
 
 def code_of(root: Path) -> str:
     """A hash of all code of a tree, its tests included."""
-    files = sorted(path for folder in (".", "scripts", "tests") for path in (root / folder).glob("*.py"))
+    files = sorted([*root.glob("*.py"), *(root / "scripts").glob("*.py"), *(root / "tests").rglob("*.py")])
     return hashlib.sha256(
         b"\n".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in files)
     ).hexdigest()[:16]

@@ -1,26 +1,8 @@
-"""Small random models and processors. The code files are imported as the package `rediprune`, as the Hub's dynamic modules
-import them: each from the same folder, by relative imports."""
+"""Fixtures: small random models and processors."""
 
-import os
-import sys
-import types
-from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
+import code_package  # noqa: F401  first of all: what is imported below takes the code files for a package
 import pytest
-import torch
-import transformers
-
-ROOT = Path(__file__).resolve().parent.parent
-package = types.ModuleType("rediprune")
-package.__path__ = [str(ROOT)]
-sys.modules["rediprune"] = package
-
-transformers.logging.set_verbosity_error()
-torch.set_num_threads(1)
-
-from tiny import make_inputs, save_clip, save_stock_checkpoint, tiny_config, tiny_model, tiny_processor  # noqa: E402
+from tiny import make_inputs, save_clip, save_stock_checkpoint, tiny_config, tiny_model, tiny_processor
 
 __all__ = ["make_inputs"]
 

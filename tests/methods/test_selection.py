@@ -2,12 +2,12 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import GOLDEN
 from rediprune.ops_query import QUERY_WEIGHTINGS, align_query, build_query
 from rediprune.ops_selection import (
     CANDIDATE_POOLS,
@@ -20,7 +20,6 @@ from rediprune.ops_selection import (
 from rediprune.ops_tokens import TIE_TOLERANCE, gather_tokens, group_means, group_sizes, nearest_kept, top_tokens
 from safetensors.torch import load_file
 
-GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)

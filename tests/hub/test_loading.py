@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from places import ROOT, SUPPORT
 from rediprune.configuration_rediprune import AUTO_MAP, ReDiPruneConfig
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from rediprune.processing_rediprune import ReDiPruneProcessor
@@ -18,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from tiny import public_name, random_image, random_video, tiny_config, tiny_model, tiny_processor
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
-TESTS = Path(__file__).resolve().parent
 INDEX = "model.safetensors.index.json"
 
 
@@ -241,7 +241,7 @@ def test_saving_copies_the_code_and_names_it(model, tmp_path):
     model.save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
-    code = {path.name for path in TESTS.parent.glob("*.py")}
+    code = {path.name for path in ROOT.glob("*.py")}
     assert {path.name for path in tmp_path.glob("*.py")} == code
     for reference in AUTO_MAP.values():
         file, name = reference.split(".")
@@ -343,7 +343,7 @@ def test_through_the_auto_classes_in_a_fresh_process(model, inputs, logits, tmp_
     tiny_processor(keep_ratio=0.3).save_pretrained(folder)
     torch.save({"inputs": dict(inputs), "logits": logits}, media)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, TESTS / "load_fresh.py", folder, media, report]
+    command = [sys.executable, SUPPORT / "load_fresh.py", folder, media, report]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(report.read_text())

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hub_server import Hub
+from places import SUPPORT
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from rediprune.ops_relevance import clip_relevance
@@ -19,7 +20,6 @@ from safetensors.torch import load_file
 from tiny import WORDS, random_image, random_video, save_clip, shown, tiny_config, tiny_model, tiny_processor
 from transformers import AutoTokenizer, CLIPModel
 
-TESTS = Path(__file__).resolve().parent
 SHORT, LONG = "what colour is the star ?", "which way does the red star move left right " * 3
 METHODS = pytest.mark.parametrize("method", ["cdpruner", "trim"])
 
@@ -297,7 +297,7 @@ def test_through_the_auto_classes_with_a_folder_beside_the_weights(tmp_path):
     inputs = ask(processor, SHORT)
     torch.save({"inputs": dict(inputs), "logits": loaded(**inputs).logits}, tmp_path / "inputs.pt")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, TESTS / "load_fresh.py", folder, tmp_path / "inputs.pt", tmp_path / "report.json"]
+    command = [sys.executable, SUPPORT / "load_fresh.py", folder, tmp_path / "inputs.pt", tmp_path / "report.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     again = json.loads((tmp_path / f"{folder.name}_again" / "config.json").read_text())
@@ -317,7 +317,7 @@ def test_a_hub_id_may_name_a_revision(text_tower, tmp_path):
     """All files are of one commit, and none is asked for but those of CLIP's tokenizer and the weights."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     script = """
-import conftest
+import code_package
 from rediprune.vision_joint_space import JointSpace, find_tower, question_segments
 for place in ("me/clip", "me/clip@main"):
     print(find_tower(place)[1]["revision"])
@@ -336,7 +336,7 @@ print(JointSpace("me/clip@v1", 16).place_questions(ids, mask).sum().item())
         environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-c", script]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=SUPPORT)
         asked = {Path(path).name for _, path in hub.requests if "/resolve/" in path}
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split()[:3] == [second, second, first]

@@ -5,10 +5,12 @@ import resource
 import sys
 from pathlib import Path
 
+import code_package  # noqa: F401
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from places import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlavaNextImageProcessor,
@@ -16,9 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import conftest  # noqa: F401, E402
+sys.path.insert(0, str(ROOT / "scripts"))
 from rediprune.processing_rediprune import ReDiPruneProcessor  # noqa: E402
 from shapes import SHAPES, random_model, shape_config  # noqa: E402
 

@@ -11,12 +11,12 @@ import export
 import pytest
 import torch
 from exporting import broken, leftovers, refused, run
+from places import ROOT
 from rediprune.methods_registry import METHODS
 from tiny import POOLED, random_image, random_video, save_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
-ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("configuration_rediprune.py", "modeling_rediprune_llava.py", "processing_rediprune.py")
 
 

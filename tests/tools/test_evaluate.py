@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +16,10 @@ import transformers
 from evaluate_log import answers_path, claimed, code_fingerprint
 from evaluate_questions import CONSTANT_QUERY, OtherQuery, Questions
 from evaluate_report import interval, mark_fronts, pareto_front, score
+from places import ROOT
 from rediprune.configuration_rediprune import PruningConfig
 from repository import FeatureMemory, keep_ratio
 from toy_world import HELD_OUT_START, TABLES_START
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def evaluate(monkeypatch, output, *arguments):

@@ -4,15 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from places import SUPPORT
 
 SCRIPT = """
 import json, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-import conftest
+import code_package
 from tiny import tiny_model
 
 rank, store = int(sys.argv[2]), sys.argv[3]
@@ -26,11 +26,10 @@ dist.destroy_process_group()
 
 
 def test_the_largest_of_all_heads_of_both_processes(tmp_path):
-    tests = str(Path(__file__).resolve().parent)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, tests, str(rank), str(tmp_path / "store")],
+            [sys.executable, "-c", SCRIPT, str(SUPPORT), str(rank), str(tmp_path / "store")],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

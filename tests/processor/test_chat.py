@@ -1,16 +1,15 @@
 """Chats: what somebody types is read as text and never becomes a placeholder, whatever the template does with it."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from places import ROOT
 from rediprune.inputs_chat import BREAK, plain_text
 from test_processing import IMAGE, VIDEO, chat, count, expected_image_count, user
 from tiny import POOLED, random_image, random_video, tiny_processor
 
-ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = (ROOT / "chat_template.jinja").read_text()
 # All media first and then all texts without anything between them, as in the public checkpoints' templates.
 TIGHT = (

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from tiny import save_clip, save_stock_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {"config.json", "model.safetensors", "model.safetensors.index.json"}
 QUESTION = ["where is the star ?"]
 

@@ -6,7 +6,6 @@ import math
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import benchmark
 import pytest
@@ -21,7 +20,6 @@ from repository import StageTimer, write_whole
 from shapes import SHAPES, random_model, shape_config
 from tiny import PATCHES, POOLED, tiny_config, tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--frames", 2, "--text", 24, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--threads", 1]
 
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from rediprune.configuration_rediprune import AUTO_MAP
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files, get_relative_imports
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in FILES}
 ALLOWED = {"torch", "numpy", "transformers", *sys.stdlib_module_names}

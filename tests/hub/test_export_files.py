@@ -15,8 +15,8 @@ import export_folder
 import pytest
 from exporting import broken, contents, leftovers, refused, run
 from hub_server import Hub
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 PLAIN = "only plain names"

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +13,12 @@ import visualize
 from browser import Browser, find_browser
 from media import add_media_arguments, process, read_media
 from PIL import Image, ImageFont
+from places import ROOT
 from repository import FeatureMemory, add_model_arguments, load, parse_setting
 from visualize_colours import HEAT, ORDER, colour_of
 from visualize_sheet import wrapped
 from visualize_trace import PreparedMedia, ratio_grid, trace, watched
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
 VIDEO = ["--video", str(SAMPLES / "video-1.mp4")]
 IMAGE = ["--image", str(SAMPLES / "image-1.png")]

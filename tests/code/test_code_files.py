@@ -1,11 +1,10 @@
 """Every file that a class of `auto_map` rests on is named by the file of that class: 4.57 copies no other from a folder."""
 
 import re
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("configuration_rediprune", "processing_rediprune", "modeling_rediprune_llava")
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from evaluate_questions import Questions
 from make_lmms_task import write_task
+from places import ROOT
 from rediprune.inputs_video import read_video
 
-ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "scripts" / "lmms_plugin"
 
 

@@ -2,11 +2,11 @@
 
 import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from places import GOLDEN
 from rediprune.configuration_rediprune import PruningConfig
 from rediprune.methods_base import VisualTokens
 from rediprune.methods_coverage import select_coverage
@@ -16,7 +16,6 @@ from rediprune.ops_relevance import word_rows
 from rediprune.ops_tokens import top_tokens
 from safetensors.torch import load_file
 
-GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 
 # What each method has of its own where the configuration leaves it open.

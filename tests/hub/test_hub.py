@@ -14,9 +14,9 @@ from pathlib import Path
 import export
 import pytest
 from hub_server import Hub
+from places import ROOT, SUPPORT
 from tiny import save_stock_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 OTHER_PYTHON = os.environ.get("OTHER_PYTHON")
 needs_other = pytest.mark.skipif(not OTHER_PYTHON, reason="OTHER_PYTHON does not name the other line's interpreter")
 CODE = sorted(path.name for path in ROOT.glob("*.py"))
@@ -69,7 +69,7 @@ def environment(hub=None, home=None, token="hf_me", offline=False):
 def run_step(step, hub, home, python=sys.executable, token="hf_me", offline=False, **arguments):
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
     result = subprocess.run(
-        [python, str(ROOT / "tests" / "steps.py"), step, json.dumps(arguments)],
+        [python, str(SUPPORT / "steps.py"), step, json.dumps(arguments)],
         env=environment(hub, home, token, offline),
         capture_output=True,
         text=True,

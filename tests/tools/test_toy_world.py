@@ -1,14 +1,9 @@
 """The generated world: what it shows is what it asks for, and nothing can be answered without looking."""
 
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
 import toy_world as world
 
 NUM_SCENES = 300

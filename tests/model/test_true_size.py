@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import SUPPORT
 
-TESTS = Path(__file__).resolve().parent
 FRAMES = 8
 GIGABYTE = 2**30
 
@@ -19,7 +18,7 @@ def report(tmp_path_factory):
     path = tmp_path_factory.mktemp("true_size") / "report.json"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, TESTS / "true_size.py", path], env=environment, capture_output=True, text=True
+        [sys.executable, SUPPORT / "true_size.py", path], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.read_text())

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from places import ROOT
 from rediprune.methods_registry import METHODS
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples"
 QUESTIONS = json.loads((SAMPLES / "questions.json").read_text())
 
@@ -172,7 +172,7 @@ def test_a_tool_says_at_once_where_it_cannot_write(monkeypatch, no_work, tmp_pat
 
 def test_every_tool_that_writes_is_asked():
     mine = {path.stem for path in (ROOT / "scripts").glob("*.py") if "argparse.ArgumentParser(" in path.read_text()}
-    others = {"export", "check_variant"}  # tests/test_export.py
+    others = {"export", "check_variant"}  # tests/hub/test_export.py
     assert mine - others - NO_WRITERS == set(WRITERS)
 
 

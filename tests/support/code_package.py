@@ -1,0 +1,19 @@
+"""Importing this makes the code files the package `rediprune`, as the Hub's dynamic modules import them: each from the same
+folder, by relative imports. It also sets what holds for every process of the tests: no Hub, one thread, no chatter."""
+
+import os
+import sys
+import types
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from places import ROOT
+
+package = types.ModuleType("rediprune")
+package.__path__ = [str(ROOT)]
+sys.modules["rediprune"] = package
+
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
