@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from transformers import LlavaNextVideoConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, VideoLlavaConfig
 
 from .hub_files import code_in_place
 from .hub_untrusted import names_folder, resolve_folder
@@ -26,17 +26,7 @@ if TYPE_CHECKING:
 
 LINK_KEYS = ("weights_from", "weights_revision")
 SCOPES = ("frame", "video", "medium")
-BASE_MODEL_TYPE = LlavaNextVideoConfig.model_type
-MODEL_CLASS = "modeling_rediprune_llava.ReDiPruneLlavaNextVideoForConditionalGeneration"
-# Written into every saved config.json: `register_for_auto_class` alone would keep one model entry, the last registered.
-AUTO_MAP = {
-    "AutoConfig": "configuration_rediprune.ReDiPruneConfig",
-    "AutoModel": MODEL_CLASS,
-    "AutoModelForImageTextToText": MODEL_CLASS,
-    "AutoModelForMultimodalLM": MODEL_CLASS,
-    "AutoModelForVision2Seq": MODEL_CLASS,
-    "AutoProcessor": "processing_rediprune.ReDiPruneProcessor",
-}
+MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
 
 
 def _resolve_tower(block, variant):
@@ -280,6 +270,10 @@ class PruningConfig:
         return getattr(method, key) if value is None else value
 
     @property
+    def video_pooling(self):
+        return self.pooling == "before"
+
+    @property
     def reads_clip(self) -> bool:
         """Whether the question is read by a CLIP text tower, so that the processor has to give its token ids."""
         reads = "relevance" in METHODS[self.method].needs and self.query_weighting != "none"
@@ -301,9 +295,9 @@ class PruningConfig:
         return asdict(self)
 
 
-class ReDiPruneConfig(LlavaNextVideoConfig):
+class PrunedConfigMixin:
     """
-    [`LlavaNextVideoConfig`] with one more block, `pruning` ([`PruningConfig`]), and the link of a linked variant.
+    For config classes, before the stock class: one more block, `pruning` ([`PruningConfig`]), and the link of a linked variant.
 
     Args:
         pruning ([`PruningConfig`] or `dict`, *optional*): the pruning block; the defaults when not given.
@@ -313,9 +307,18 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
 
     `from_pretrained(repo, pruning={"keep_ratio": 0.25})` merges over the block of the repository's `config.json`, which
     itself is merged over the defaults.
+
+    Attributes:
+        base_model_type: of the checkpoints that it is made from.
+        takes_videos: whether its prompts can hold videos beside images.
+        model_class, model_file, processor_class: names of the classes that load with it, and of the file of the model's.
+        can_merge_in_encoder, cannot_merge_because: whether methods that merge in the vision encoder work, and why not.
     """
 
-    model_type = "rediprune_llava_next_video"
+    base_model_type = model_class = processor_class = ""
+    model_file = "modeling_rediprune_llava"
+    takes_videos = False
+    can_merge_in_encoder, cannot_merge_because = True, ""
 
     def __init__(self, *args, pruning=None, weights_from=None, weights_revision=None, **kwargs):
         kwargs.pop("model_type", None)  # the stock one, in the config.json of a stock checkpoint
@@ -337,7 +340,10 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
                 f"config key {key!r} is {_shown(value)}, but must be a list of sizes [height, width] in pixels, multiples of the "
                 "side of a tile, such as [[336, 672], [672, 336]]"
             )
-        super().__setattr__(key, PruningConfig.from_value(value) if key == "pruning" else value)
+        if key == "pruning":
+            value = PruningConfig.from_value(value)
+            self.check_method(value)
+        super().__setattr__(key, value)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -374,6 +380,16 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
         self.check_link_for_others()
         return super().push_to_hub(repo_id, *args, **kwargs)
 
+    @classmethod
+    def check_method(cls, pruning) -> None:
+        """Raises ValueError where the method requires what the vision encoder of this family cannot give."""
+        method = METHODS[pruning.method]
+        if method.merges_in_encoder and not cls.can_merge_in_encoder:
+            raise ValueError(
+                f"method={pruning.method!r} merges tokens inside the vision encoder, which does not work with "
+                f"{cls.base_model_type!r}: {cls.cannot_merge_because}. Choose another method."
+            )
+
     def check_link_for_others(self) -> None:
         """Raises ValueError where the link, or the text tower, can be found on this computer alone."""
         tower = self.pruning.text_tower
@@ -389,15 +405,83 @@ class ReDiPruneConfig(LlavaNextVideoConfig):
                 "config.json to the Hub id of the base and load it again."
             )
 
+    @classmethod
+    def auto_map_of_class(cls) -> dict:
+        """Written into every saved config.json: `register_for_auto_class` alone would keep one model entry, the last."""
+        model = f"{cls.model_file}.{cls.model_class}"
+        return {
+            "AutoConfig": f"configuration_rediprune.{cls.__name__}",
+            **dict.fromkeys(MODEL_AUTO_CLASSES, model),
+            "AutoProcessor": f"processing_rediprune.{cls.processor_class}",
+        }
+
     def to_dict(self):
         output = super().to_dict()
         output["pruning"] = self.pruning.to_dict()
-        output["auto_map"] = dict(AUTO_MAP)
+        output["auto_map"] = self.auto_map_of_class()
         for key in LINK_KEYS:
             if output.get(key) is None:
                 output.pop(key, None)
         return output
 
+
+class ReDiPruneConfig(PrunedConfigMixin, LlavaNextVideoConfig):
+    """LLaVA-NeXT-Video's config with a pruning block ([`PrunedConfigMixin`])."""
+
+    model_type = "rediprune_llava_next_video"
+    base_model_type = LlavaNextVideoConfig.model_type
+    model_class = "ReDiPruneLlavaNextVideoForConditionalGeneration"
+    processor_class = "ReDiPruneProcessor"
+    takes_videos = True
+
+    def __init__(self, *args, **kwargs):  # without one, 5.x would make one that passes the mixin's by
+        super().__init__(*args, **kwargs)
+
+
+class ReDiPruneLlavaConfig(PrunedConfigMixin, LlavaConfig):
+    """LLaVA-1.5's config with a pruning block ([`PrunedConfigMixin`])."""
+
+    model_type = "rediprune_llava"
+    base_model_type = LlavaConfig.model_type
+    model_class = "ReDiPruneLlavaForConditionalGeneration"
+    processor_class = "ReDiPruneLlavaProcessor"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class ReDiPruneLlavaNextConfig(PrunedConfigMixin, LlavaNextConfig):
+    """LLaVA-NeXT's config with a pruning block ([`PrunedConfigMixin`])."""
+
+    model_type = "rediprune_llava_next"
+    base_model_type = LlavaNextConfig.model_type
+    model_class = "ReDiPruneLlavaNextForConditionalGeneration"
+    processor_class = "ReDiPruneLlavaNextProcessor"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class ReDiPruneVideoLlavaConfig(PrunedConfigMixin, VideoLlavaConfig):
+    """Video-LLaVA's config with a pruning block ([`PrunedConfigMixin`])."""
+
+    model_type = "rediprune_video_llava"
+    base_model_type = VideoLlavaConfig.model_type
+    model_class = "ReDiPruneVideoLlavaForConditionalGeneration"
+    processor_class = "ReDiPruneVideoLlavaProcessor"
+    takes_videos = True
+    can_merge_in_encoder = False
+    cannot_merge_because = "CLS of each frame is a token of its video, and is never merged"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+# Every family, by the `model_type` of the checkpoints that its variants are made from.
+CONFIGS = {
+    cls.base_model_type: cls
+    for cls in (ReDiPruneConfig, ReDiPruneLlavaConfig, ReDiPruneLlavaNextConfig, ReDiPruneVideoLlavaConfig)
+}
 
 try:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
@@ -406,6 +490,8 @@ except ImportError:  # 4.57
 else:
     # `transformers serve` loads a model type that is listed here through the Auto class, which follows `auto_map`, and every
     # other one by the name of its class in the library, where there is none.
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(ReDiPruneConfig.model_type, MODEL_CLASS.partition(".")[2])
+    for cls in CONFIGS.values():
+        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(cls.model_type, cls.model_class)
 
-ReDiPruneConfig.register_for_auto_class()  # so that saving copies this file and those that it imports
+for cls in CONFIGS.values():
+    cls.register_for_auto_class()  # so that saving copies this file and those that it imports

@@ -99,3 +99,17 @@ def _layer_like(layer):
     """A layer that holds as many tokens as another one."""
     length = getattr(layer, "max_cache_len", None)
     return DynamicLayer() if length is None else StaticLayer(max_cache_len=length)
+
+
+def all_sizes(cached, record, num_cached) -> Optional[torch.Tensor]:
+    """
+    Sizes (B, K) of the tokens in a cache and of new ones, whose records are given; `None` where each token stands for itself.
+
+    Entries that a static cache has not filled yet are 0. New tokens without a record are left out: they stand for themselves.
+    """
+    old = None if cached is None else cached.sizes
+    if record is None or record.sizes is None and old is None:
+        return old
+    new = torch.ones_like(record.skipped) if record.sizes is None else record.sizes
+    old = new.new_ones(len(new), num_cached) if old is None else old[:, :num_cached].to(new.device)
+    return torch.cat([old, new], dim=1)

@@ -1,21 +1,88 @@
 """How many visual tokens an image or a video makes, and in which grids: plain arithmetic, shared by the processor (which
 writes that many placeholders) and the model (which fills them), so that the two cannot disagree."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
 
+import torch
 from transformers.image_processing_utils import select_best_resolution
 
 
 class TokenGrid(NamedTuple):
-    """`frames` equal sets of `height` x `width` visual tokens in raster order; which are pruned separately or jointly."""
+    """`frames` equal sets of visual tokens: `leading` ones, such as CLS, then `height` x `width` in raster order."""
 
     frames: int
     height: int
     width: int
+    leading: int = 0
 
     @property
     def tokens_per_set(self) -> int:
-        return self.height * self.width
+        return self.leading + self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return self.frames * self.tokens_per_set
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    The visual tokens of one image or video: its grids one after another, each frame by frame (or view by view).
+
+    Attributes:
+        kind: `"image"` or `"video"`.
+        grids: tuple of `TokenGrid`.
+        row_newlines: whether each row of the last grid ends with a newline token when nothing is pruned.
+    """
+
+    kind: str
+    grids: tuple
+    row_newlines: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that can be kept; newlines go when tokens go."""
+        return sum(grid.num_tokens for grid in self.grids)
+
+    @property
+    def num_unpruned(self) -> int:
+        """Tokens when nothing is pruned, newlines included."""
+        return self.num_tokens + (self.grids[-1].height if self.row_newlines else 0)
+
+    def shares_budget(self, pruning) -> bool:
+        """Whether all tokens are one set under `pruning` (a `PruningConfig`), instead of each frame or view."""
+        scope = pruning.resolved("scope") if pruning.prunes else "frame"
+        return scope == "medium" or scope == "video" and self.kind == "video"
+
+    def sets(self, pruning) -> list:
+        """The sets that are pruned, each to its own count: (number of sets, tokens in each) of every grid, or one for all."""
+        if self.shares_budget(pruning):
+            return [(1, self.num_tokens)]
+        return [(grid.frames, grid.tokens_per_set) for grid in self.grids]
+
+    def num_placeholders(self, pruning) -> int:
+        """Placeholders in the prompt under `pruning`."""
+        if not pruning.prunes:
+            return self.num_unpruned
+        return sum(number * pruning.count(size) for number, size in self.sets(pruning))
+
+    def split(self, kept: torch.LongTensor) -> list:
+        """Flat ascending indices (k,) as one LongTensor for each frame or view, with the indices within it."""
+        sizes = [grid.tokens_per_set for grid in self.grids for _ in range(grid.frames)]
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(kept[(kept >= start) & (kept < start + size)] - start)
+            start += size
+        return parts
+
+    def columns(self, kept: torch.LongTensor) -> torch.LongTensor:
+        """Where tokens with flat indices (k,) stand in the unpruned item, newlines counted: (k,)."""
+        if not self.row_newlines:
+            return kept
+        grid = self.grids[-1]
+        rows_before = (kept - (self.num_tokens - grid.num_tokens)).clamp_min(0) // max(grid.width, 1)
+        return kept + rows_before
 
 
 class TileCrop(NamedTuple):
@@ -27,6 +94,73 @@ class TileCrop(NamedTuple):
     left: int
     height: int
     width: int
+
+
+class FrameSize(NamedTuple):
+    """
+    What a checkpoint makes of a picture.
+
+    Attributes:
+        pixels: side of a tile or frame.
+        side: patches on that side.
+        pinpoints: the resolutions (height, width) that an image may be tiled in; `None` = it is one tile.
+        pool_stride: stride of the pooling of video frames; `None` = none.
+    """
+
+    pixels: int
+    side: int
+    pinpoints: Optional[list] = None
+    pool_stride: Optional[int] = None
+
+
+class LlavaLayouts:
+    """LLaVA-1.5: an image is one grid of patches; there are no videos."""
+
+    kinds = ("image",)
+
+    @staticmethod
+    def image(frame: FrameSize, image_size) -> Layout:
+        """The layout of an image of (height, width) pixels."""
+        return Layout("image", (TokenGrid(1, frame.side, frame.side),))
+
+    @staticmethod
+    def video(frame: FrameSize, num_frames: int, pruning) -> Layout:
+        """The layout of a video; `pruning` says whether its frames are pooled."""
+        raise NotImplementedError("this model takes no videos")
+
+
+class LlavaNextLayouts(LlavaLayouts):
+    """LLaVA-NeXT: an image is a base view and its unpadded tiles, whose rows end with newlines."""
+
+    @staticmethod
+    def image(frame, image_size):
+        crop = crop_of_tiles(image_size, frame.pinpoints, frame.pixels, frame.side)
+        grids = (TokenGrid(1, frame.side, frame.side), TokenGrid(1, crop.height, crop.width))
+        return Layout("image", grids, row_newlines=True)
+
+
+class LlavaNextVideoLayouts(LlavaNextLayouts):
+    """LLaVA-NeXT-Video: images as LLaVA-NeXT; the frames of a video are pooled, unless `video_pooling` is off."""
+
+    kinds = ("image", "video")
+
+    @staticmethod
+    def video(frame, num_frames, pruning):
+        side = frame.side
+        if pruning.video_pooling:
+            check_pool_stride(frame.pool_stride, side)
+            side = side // frame.pool_stride
+        return Layout("video", (TokenGrid(num_frames, side, side),))
+
+
+class VideoLlavaLayouts(LlavaLayouts):
+    """Video-LLaVA: an image is one grid; each frame of a video is CLS and one grid."""
+
+    kinds = ("image", "video")
+
+    @staticmethod
+    def video(frame, num_frames, pruning):
+        return Layout("video", (TokenGrid(num_frames, frame.side, frame.side, leading=1),))
 
 
 def check_pinpoints(grid_pinpoints, tile_size: int = 1) -> None:
@@ -81,52 +215,6 @@ def crop_of_tiles(image_size, grid_pinpoints, tile_size: int, side: int) -> Tile
     else:
         left = (grid_width - int(round(width * (grid_height / height), 7))) // 2
     return TileCrop(rows, columns, top, left, grid_height - 2 * top, grid_width - 2 * left)
-
-
-def image_grids(image_size, grid_pinpoints, tile_size: int, side: int) -> list:
-    """The two grids of an image: the base view and the unpadded tiles."""
-    crop = crop_of_tiles(image_size, grid_pinpoints, tile_size, side)
-    return [TokenGrid(1, side, side), TokenGrid(1, crop.height, crop.width)]
-
-
-def video_grids(num_frames: int, side: int, pooling: str, pool_stride: int) -> list:
-    """
-    The one grid of a video whose frames have `side` x `side` tokens before pooling.
-
-    Raises:
-        ValueError: nothing would be left by pooling with `pool_stride`.
-    """
-    if pooling == "before":
-        check_pool_stride(pool_stride, side)
-        side = side // pool_stride
-    return [TokenGrid(num_frames, side, side)]
-
-
-def num_unpruned(grids, newlines: bool) -> int:
-    """Tokens of a medium when nothing is pruned; an image's tiles (its last grid) then end each row with a newline."""
-    total = sum(grid.frames * grid.tokens_per_set for grid in grids)
-    return total + (grids[-1].height if newlines else 0)
-
-
-def taken_jointly(grids, pruning) -> bool:
-    """Whether all tokens of a medium are one set under `pruning` (a `PruningConfig`), instead of each frame or view."""
-    scope = pruning.resolved("scope") if pruning.prunes else "frame"
-    is_video = len(grids) == 1  # an image has its base view and its tiles
-    return scope == "medium" or scope == "video" and is_video
-
-
-def token_sets(grids, pruning) -> list:
-    """The sets that are pruned, each to its own count: (number of sets, tokens in each) of every grid, or one for all."""
-    if taken_jointly(grids, pruning):
-        return [(1, num_unpruned(grids, newlines=False))]
-    return [(grid.frames, grid.tokens_per_set) for grid in grids]
-
-
-def num_placeholders(grids, pruning, newlines: bool) -> int:
-    """Placeholders that a medium takes in the prompt under `pruning` (a `PruningConfig`); newlines go when tokens go."""
-    if not pruning.prunes:
-        return num_unpruned(grids, newlines)
-    return sum(number * pruning.count(size) for number, size in token_sets(grids, pruning))
 
 
 def split_budget(total: int, sizes: list) -> list:

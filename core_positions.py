@@ -1,39 +1,42 @@
-"""Position ids of a pruned prompt, when every token keeps the position that it has in the unpruned one."""
+"""Where the tokens of a pruned prompt stand in the unpruned one."""
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+_WARNED_CONTEXTS = set()  # lengths that were warned about
 
 
-def position_gaps(mask: torch.Tensor, offsets: list, lengths: list) -> tuple:
+def unpruned_columns(masks: dict, items: list) -> tuple:
     """
-    How many positions of the unpruned prompt are left out at each token of the pruned one.
+    The column of the unpruned prompt that each token of the pruned one comes from.
 
     Args:
-        mask: (B, T) bool, the placeholders of the pruned prompt; the media fill them in order, row by row.
-        offsets: for each medium the ascending offsets (k,) of its kept tokens within the unpruned medium.
-        lengths: for each medium its number of tokens when nothing is pruned.
+        masks: for each kind of media (B, T) bool, the placeholders of the pruned prompt; the items of that kind fill them in
+            order, row by row.
+        items: `MediaItem`s with their kept indices.
 
     Returns:
-        two LongTensors (B, T): positions skipped right before each token, and, at the last token of a medium, right after it.
+        columns (B, T), and (B, T) how many columns are left out at each token: right before it, and, at the last token of an
+        item, right after it. Two LongTensors.
     """
+    mask = next(iter(masks.values()))
     before, after = (torch.zeros(mask.shape, dtype=torch.long, device=mask.device) for _ in range(2))
-    if offsets:
-        starts = [torch.diff(kept, prepend=kept.new_full((1,), -1)) - 1 for kept in offsets]
-        before[mask] = torch.cat(starts).to(mask.device)
-        ends = [F.pad((length - 1 - kept[-1:]), (len(kept) - 1, 0)) for kept, length in zip(offsets, lengths)]
-        after[mask] = torch.cat(ends).to(mask.device)
-    return before, after
-
-
-def image_offsets(base_size: int, width: int, kept_base: torch.Tensor, kept_tiles: torch.Tensor) -> torch.LongTensor:
-    """Offsets of an image's kept tokens: the base view first, then rows of `width` tile tokens, each with its newline."""
-    return torch.cat([kept_base, base_size + kept_tiles + kept_tiles // max(width, 1)])
-
-
-def video_offsets(tokens_per_frame: int, kept: torch.Tensor) -> torch.LongTensor:
-    """Offsets of a video's kept tokens (frames, k): frame after frame."""
-    starts = torch.arange(kept.shape[0], device=kept.device) * tokens_per_frame
-    return (kept + starts[:, None]).flatten()
+    for kind, mask in masks.items():
+        group = [item for item in items if item.layout.kind == kind]
+        if group:
+            columns = [item.layout.columns(item.kept) for item in group]
+            starts = [torch.diff(kept, prepend=kept.new_full((1,), -1)) - 1 for kept in columns]
+            before[mask] = torch.cat(starts).to(mask.device)
+            ends = [
+                F.pad(item.layout.num_unpruned - 1 - kept[-1:], (len(kept) - 1, 0))
+                for item, kept in zip(group, columns)
+            ]
+            after[mask] = torch.cat(ends).to(mask.device)
+    skipped = before + after
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return places + skipped.cumsum(1) - after, skipped
 
 
 def pooled_places(patches: torch.LongTensor, side: int, stride: int) -> torch.LongTensor:
@@ -41,3 +44,33 @@ def pooled_places(patches: torch.LongTensor, side: int, stride: int) -> torch.Lo
     pooled = side // stride
     row, column = patches // side // stride, patches % side // stride
     return row.clamp_max(pooled - 1) * pooled + column.clamp_max(pooled - 1)
+
+
+def context_length(text_config) -> int:
+    """How many positions the language model was made for."""
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    return int(text_config.max_position_embeddings * (rope.get("factor") or 1))
+
+
+def check_context(text_config, length: int) -> None:
+    """Raises ValueError where a prompt of `length` tokens, those of its cache included, is longer than the context."""
+    if length > context_length(text_config):
+        raise ValueError(
+            f"the prompt has {length} tokens, but the language model takes at most {context_length(text_config)}; shorten the "
+            "question, sample fewer frames, or lower keep_ratio."
+        )
+
+
+def warn_beyond_context(text_config, position_ids: torch.Tensor) -> None:
+    """Warns, once for each model size, where a prompt reaches positions that the language model was not made for."""
+    limit = context_length(text_config)
+    if position_ids.shape[-1] == 1 or limit in _WARNED_CONTEXTS:
+        return
+    length = int(position_ids.max()) + 1
+    if length > limit:
+        _WARNED_CONTEXTS.add(limit)
+        logger.warning(
+            f"With positions='original' the tokens of this prompt keep the positions of the unpruned one, which has {length} "
+            f"tokens, but the language model was made for {limit}. Beyond them answers get worse, without an error. Sample "
+            "fewer frames (num_frames=), or set positions='compact'. This is said once."
+        )

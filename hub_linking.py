@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, LlavaNextVideoConfig
+from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file, logging
 
-from .configuration_rediprune import BASE_MODEL_TYPE, ReDiPruneConfig
 from .hub_untrusted import link_files, names_folder, read_config, resolve_folder, weight_files
 
 HUB_KEYS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -21,7 +20,7 @@ CHECKSUM_THREADS = 4
 logger = logging.get_logger(__name__)
 
 
-def follow_link(variant, kwargs: dict) -> tuple:
+def follow_link(config_class, variant, kwargs: dict) -> tuple:
     """
     Where `from_pretrained(variant, **kwargs)` finds the weights.
 
@@ -39,19 +38,19 @@ def follow_link(variant, kwargs: dict) -> tuple:
     """
     config = kwargs.get("config")
     hub = _hub_arguments(kwargs)
-    if isinstance(
-        config, LlavaNextVideoConfig
+    if (
+        getattr(config, "model_type", None) == config_class.model_type
     ):  # the Auto classes import this repository's class once more, as another
         config, rest = copy.deepcopy(config), kwargs
     elif variant is None:
         return variant, kwargs
     else:
         source = config or variant
-        values, _ = ReDiPruneConfig.get_config_dict(source, **hub)
+        values, _ = config_class.get_config_dict(source, **hub)
         if values.get("weights_from") is None:
             return variant, kwargs
-        known = {"pruning", *ReDiPruneConfig().to_dict(), *values} - set(OWN_KEYS)
-        config = ReDiPruneConfig.from_pretrained(source, **hub, **{key: kwargs[key] for key in kwargs if key in known})
+        known = {"pruning", *config_class().to_dict(), *values} - set(OWN_KEYS)
+        config = config_class.from_pretrained(source, **hub, **{key: kwargs[key] for key in kwargs if key in known})
         rest = {key: value for key, value in kwargs.items() if key not in known}
     if config.weights_from is None:
         return variant, kwargs
@@ -78,7 +77,7 @@ def find_weights(config, hub: dict, file_variant=None) -> dict:
     hub = {key: value for key, value in hub.items() if key not in PLACE_KEYS}
     on_hub = not names_folder(base)
     values, commit = read_config(base, **hub, **({"revision": asked or "main"} if on_hub else {}))
-    check_base(base, values)
+    check_base(type(config), base, values)
     files = weight_files(base, file_variant, **hub, **({"revision": commit} if on_hub else {}))
     if on_hub and asked != commit:
         logger.warning(
@@ -89,12 +88,12 @@ def find_weights(config, hub: dict, file_variant=None) -> dict:
     return files
 
 
-def check_base(base: str, values: dict) -> None:
+def check_base(config_class, base: str, values: dict) -> None:
     """Raises ValueError where the weights of a base with this config.json cannot be those of this model."""
     model_type = values.get("model_type")
-    if model_type not in (BASE_MODEL_TYPE, ReDiPruneConfig.model_type):
+    if model_type not in (config_class.base_model_type, config_class.model_type):
         raise ValueError(
-            f"weights_from={base!r} is a model of type {model_type!r}, but must be a LLaVA-NeXT-Video ({BASE_MODEL_TYPE!r}); "
+            f"weights_from={base!r} is a model of type {model_type!r}, but must be one of type {config_class.base_model_type!r}; "
             "set weights_from in config.json to the checkpoint that this variant was made from."
         )
     if values.get("weights_from") is not None:

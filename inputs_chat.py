@@ -64,3 +64,12 @@ def plain_text(value, tokens, goes_on: bool = False):
     if isinstance(value, dict):
         return {plain_text(key, tokens): plain_text(item, tokens, goes_on) for key, item in value.items()}
     return value
+
+
+def contents_as_lists(conversation):
+    """Chats whose contents are lists of parts: 4.57 looks for media in every part, and in every letter of a string."""
+    if isinstance(conversation, list):
+        return [contents_as_lists(item) for item in conversation]
+    if not isinstance(conversation.get("content"), str):
+        return conversation
+    return {**conversation, "content": [{"type": "text", "text": conversation["content"]}]}

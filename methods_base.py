@@ -46,6 +46,15 @@ class VisualTokens:
     last_keys: Optional[torch.Tensor] = None
     seeds: Optional[list] = None
 
+    def split(self, numbers: list) -> list:
+        """The same of the first so many sets, of the next so many, and so on."""
+        parts, start = [], 0
+        for number in numbers:
+            sets = slice(start, start := start + number)
+            of_part = {name: values[sets] for name, values in vars(self).items() if values is not None}
+            parts.append(VisualTokens(**of_part))
+        return parts
+
 
 class Method:
     """

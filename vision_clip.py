@@ -74,7 +74,7 @@ def _states_read(tap: int, layers, needs) -> set:
 
 
 @torch.no_grad()
-def read_attention(tower, states, tap: int, needs) -> dict:
+def read_attention(tower, states, tap: int, needs, with_cls: bool = False) -> dict:
     """
     Attention and keys of the patches, from the q and k projections alone: whatever attention the tower runs with.
 
@@ -84,6 +84,7 @@ def read_attention(tower, states, tap: int, needs) -> dict:
         tap: index of the tapped one among them.
         needs: which of `"cls_attention"`, `"keys"` (of the layer whose output is tapped, mean over heads),
             `"last_cls_attention"` and `"last_keys"` (of the last layer, with its heads taken as one).
+        with_cls: whether CLS is a token like the patches, and the first of them.
 
     Returns:
         `dict` with these names: attentions (N, P, 1) fp32, which with CLS itself add up to 1, and keys (N, P, D).
@@ -91,14 +92,14 @@ def read_attention(tower, states, tap: int, needs) -> dict:
     layers, fields = transformer(tower).encoder.layers, {}
     if needs & {"cls_attention", "keys"}:
         index = max(_from_start(tap, layers) - 1, 0)
-        fields["cls_attention"], fields["keys"] = _attention_of_cls(layers[index], states[index])
+        fields["cls_attention"], fields["keys"] = _attention_of_cls(layers[index], states[index], with_cls)
     if needs & {"last_cls_attention", "last_keys"}:
-        found = _attention_of_cls(layers[-1], states[len(layers) - 1], heads_as_one=True)
+        found = _attention_of_cls(layers[-1], states[len(layers) - 1], with_cls, heads_as_one=True)
         fields["last_cls_attention"], fields["last_keys"] = found
     return {name: fields[name] for name in fields.keys() & needs}
 
 
-def _attention_of_cls(layer, states: torch.Tensor, heads_as_one: bool = False) -> tuple:
+def _attention_of_cls(layer, states: torch.Tensor, with_cls: bool, heads_as_one: bool = False) -> tuple:
     """Of CLS to the patches, mean over heads (N, P, 1) fp32, and their keys, mean over heads (N, P, D)."""
     attention = layer.self_attn
     states = layer.layer_norm1(states)
@@ -106,7 +107,8 @@ def _attention_of_cls(layer, states: torch.Tensor, heads_as_one: bool = False) -
     query = attention.q_proj(states[:, :1]).unflatten(-1, (-1, width)).transpose(1, 2)
     keys = attention.k_proj(states).unflatten(-1, (-1, width)).transpose(1, 2)  # (N, heads, 1 + P, D)
     weights = (query.float() @ keys.float().mT * width**-0.5).softmax(-1)
-    return weights.mean(1)[:, 0, 1:, None], keys.mean(1)[:, 1:]
+    first = 0 if with_cls else 1
+    return weights.mean(1)[:, 0, first:, None], keys.mean(1)[:, first:]
 
 
 def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None) -> tuple:

@@ -159,10 +159,8 @@ def pruning_of(model, cell: dict):
 def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:
     """A prompt of random words around one random video in every row."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
-    geometry = code_module("core_layout")
-    size, side = config.vision_config.image_size, config.vision_config.image_size // config.vision_config.patch_size
-    grids = geometry.video_grids(frames, side, pruning.pooling, config.spatial_pool_stride)
-    visual = geometry.num_placeholders(grids, pruning, newlines=False)
+    size = config.vision_config.image_size
+    visual = model.layout_class.video(model.frame_size, frames, pruning).num_placeholders(pruning)
     placeholders = {config.image_token_id, config.video_token_id}
     words = torch.tensor(
         [word for word in range(FIRST_WORD, config.text_config.vocab_size) if word not in placeholders]

@@ -1,6 +1,7 @@
 """The held-out questions, and what the model answers to them."""
 
 import argparse
+import dataclasses
 import threading
 
 import numpy as np
@@ -110,8 +111,8 @@ class OtherQuery:
     """
 
     def __init__(self, model):
-        self.model, self.select, self._thread = model, model._select, threading.local()
-        model._select = self
+        self.model, self.prune, self._thread = model, model.prune_items, threading.local()
+        model.prune_items = self
 
     @property
     def tokens(self):
@@ -121,15 +122,12 @@ class OtherQuery:
     def tokens(self, tokens):
         self._thread.tokens = tokens
 
-    def __call__(self, media, pruning, embeds, is_question, input_ids, *args, **kwargs):
+    def __call__(self, items, pruning, question, *args, **kwargs):
         if self.tokens is not None:
-            length = max(map(len, self.tokens))
-            rows = [tokens + [0] * (length - len(tokens)) for tokens in self.tokens]
-            input_ids = torch.tensor(rows, device=embeds.device)
-            lengths = torch.tensor([len(tokens) for tokens in self.tokens], device=embeds.device)
-            is_question = torch.arange(length, device=embeds.device) < lengths[:, None]
-            embeds = self.model.get_input_embeddings()(input_ids)
-        return self.select(media, pruning, embeds, is_question, input_ids, *args, **kwargs)
+            table = self.model.get_input_embeddings()
+            ids = [torch.tensor(row, device=table.weight.device) for row in self.tokens]
+            question = dataclasses.replace(question, ids=ids, embeds=[table(row) for row in ids])
+        return self.prune(items, pruning, question, *args, **kwargs)
 
 
 @torch.inference_mode()

@@ -1,4 +1,5 @@
-"""Makes a pruned variant of a LLaVA-NeXT-Video checkpoint: a folder, a repository on the Hub, or both.
+"""Makes a pruned variant of a checkpoint: a folder, a repository on the Hub, or both. The family is that of the base's
+`model_type`: LLaVA-1.5, LLaVA-NeXT, LLaVA-NeXT-Video or Video-LLaVA.
 
 A variant holds the code, config.json with the pruning block, and the tokenizer and processor files. Its weights are copied
 (--copy), or stay where they are and are named in config.json (--link): then the variant is some hundred kB.
@@ -10,6 +11,7 @@ old variant that --force was about to replace.
 
 Examples:
     python scripts/export.py llava-hf/LLaVA-NeXT-Video-7B-hf --keep-ratio 0.15 --output my-variant
+    python scripts/export.py llava-hf/llava-1.5-7b-hf --keep-ratio 0.1 --output my-image-variant
     python scripts/export.py llava-hf/LLaVA-NeXT-Video-7B-hf --keep-ratio 0.25 --link --push-to-hub me/name
     python scripts/export.py checkpoints/mine --method uniform --positions original --output my-variant --dry-run
 """
@@ -31,6 +33,7 @@ from export_base import (
     PROCESSOR_FILES,
     SMALL_FILES,
     ExportError,
+    config_class_of,
     fetch_base,
     fetch_weights,
     find_file,
@@ -55,7 +58,7 @@ CARD_TOKENS = 576  # those of a 336-pixel view, for an example of how many stay
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="folder or Hub id of a stock LLaVA-NeXT-Video checkpoint")
+    parser.add_argument("base", help="folder or Hub id of a stock checkpoint")
     parser.add_argument("--base-revision", help="branch, tag or commit of a base on the Hub (default: main)")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--copy", action="store_true", help="copy the weights (the default)")
@@ -101,7 +104,7 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
     processor files. Files of these names that are there already are replaced, others stay.
 
     Args:
-        base_folder: folder of a stock LLaVA-NeXT-Video checkpoint; its weights are not read.
+        base_folder: folder of a stock checkpoint; its weights are not read.
         output: an existing folder; the repository's own is fine, too.
         pruning: the pruning block, merged over the defaults.
         weights_from: Hub id or folder of the weights, for a linked variant; `None` if they will be in the folder.
@@ -111,18 +114,20 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
         The names of the files.
 
     Raises:
-        ExportError: the base is not a LLaVA-NeXT-Video, or has no tokenizer or image processor.
+        ExportError: the base is of no family that can be pruned, or has no tokenizer or image processor.
         ValueError: a pruning key or value is wrong.
     """
     base_folder, output = Path(base_folder).resolve(), Path(output)
     block = configuration.PruningConfig.from_value(pruning)
     base = read_config(base_folder)
+    config_class = config_class_of(base)
+    config_class.check_method(block)
     link = {"weights_from": weights_from, "weights_revision": weights_revision}
     config = {
         **{key: value for key, value in base.items() if key != "_name_or_path"},
-        "architectures": [configuration.MODEL_CLASS.partition(".")[2]],
-        "model_type": configuration.ReDiPruneConfig.model_type,
-        "auto_map": configuration.AUTO_MAP,
+        "architectures": [config_class.model_class],
+        "model_type": config_class.model_type,
+        "auto_map": config_class.auto_map_of_class(),
         "pruning": block.to_dict(),
         **{key: value for key, value in link.items() if value is not None},
     }
@@ -133,7 +138,8 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
         shutil.copyfile(ROOT / "chat_template.jinja", output / "chat_template.jinja")
     if not (output / portability.PROCESSOR_FILE).exists():
         portability.write_json(output / portability.PROCESSOR_FILE, _default_processor(base))
-    portability.make_portable(output, "ReDiPruneProcessor", {"AutoProcessor": configuration.AUTO_MAP["AutoProcessor"]})
+    processor = {"AutoProcessor": config_class.auto_map_of_class()["AutoProcessor"]}
+    portability.make_portable(output, config_class.processor_class, processor)
     if not (output / "preprocessor_config.json").exists():
         raise ExportError(f"{base_folder} holds no preprocessor_config.json; a variant needs an image processor")
     code = code_files()
@@ -177,7 +183,7 @@ def _has_template(folder: Path, names: list) -> bool:
 
 def _default_processor(values: dict) -> dict:
     """For old checkpoints without processor_config.json."""
-    config = configuration.ReDiPruneConfig.from_dict(values)
+    config = config_class_of(values).from_dict({**values})
     return {
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
@@ -211,7 +217,12 @@ def write_card(output: Path, name: str, base: str, base_folder: Path, config: di
     front = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
     front += [f"base_model: {base}"] if on_hub else []
     front += [f"{key}: {value}" for key, value in licence.items()]
-    front += ["tags:", "- visual-token-pruning", "- rediprune", "- video"]
+    takes_videos = configuration_of_variant(config).takes_videos
+    front += ["tags:", "- visual-token-pruning", "- rediprune", *(["- video"] if takes_videos else [])]
+    kind, file, question = ("video", "clip.mp4", "What happens in this video?")
+    if not takes_videos:
+        kind, file, question = ("image", "photo.jpg", "What is in this picture?")
+    media = f'{kind}s=["{file}"]' + (", num_frames=8" if takes_videos else "")
     weights = (
         f"This repository holds no weights: they are loaded from `{config['weights_from']}`"
         + (f" at commit `{config['weights_revision']}`." if config.get("weights_revision") else ".")
@@ -235,9 +246,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor  # transform
 
 model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True, dtype="auto", device_map="auto")
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-content = [{{"type": "video", "path": "clip.mp4"}}, {{"type": "text", "text": "What happens in this video?"}}]
+content = [{{"type": "{kind}", "path": "{file}"}}, {{"type": "text", "text": "{question}"}}]
 prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
-inputs = processor(text=prompt, videos=["clip.mp4"], num_frames=8, return_tensors="pt")
+inputs = processor(text=prompt, {media}, return_tensors="pt")
 inputs = inputs.to(model.device, model.dtype)
 output = model.generate(**inputs, max_new_tokens=64)
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -257,6 +268,11 @@ Another ratio for one call: `processor(..., keep_ratio=0.3)`. Another one for go
     {command}
 """
     (output / "README.md").write_text(text, encoding="utf-8")
+
+
+def configuration_of_variant(config: dict):
+    """The config class of a variant, from its config.json."""
+    return next(cls for cls in configuration.CONFIGS.values() if cls.model_type == config["model_type"])
 
 
 def describe_pruning(pruning: dict) -> str:

@@ -82,16 +82,16 @@ def read_config(folder: Path) -> dict:
     config.json of the base, without the keys that name code.
 
     Raises:
-        ExportError: there is none, or it is not one of LLaVA-NeXT-Video.
+        ExportError: there is none, or it is not one of a family that can be pruned.
         ValueError: it is a link that leads out of the base, or not JSON.
     """
     if find_file(folder, "config.json") is None:
         raise ExportError(f"{folder} holds no config.json; pass the folder of a checkpoint")
     values, _ = untrusted.read_config(str(folder))
-    if values.get("model_type") != configuration.BASE_MODEL_TYPE:
+    if values.get("model_type") not in configuration.CONFIGS:
         raise ExportError(
-            f"{folder} is a model of type {values.get('model_type')!r}, but only stock LLaVA-NeXT-Video checkpoints "
-            f"({configuration.BASE_MODEL_TYPE!r}) can be exported"
+            f"{folder} is a model of type {values.get('model_type')!r}, but only stock checkpoints of type "
+            f"{', '.join(map(repr, configuration.CONFIGS))} can be exported"
         )
     if "transformers_weights" in values:
         raise ExportError(
@@ -99,10 +99,15 @@ def read_config(folder: Path) -> dict:
             "leave the key out"
         )
     try:
-        configuration.ReDiPruneConfig.from_dict({**values})  # 4.57 adds to what it is given
+        config_class_of(values).from_dict({**values})  # 4.57 adds to what it is given
     except Exception as error:  # each line of transformers refuses nonsense in its own way
         raise ExportError(f"{folder / 'config.json'} is not the config of a model: {error}") from error
     return values
+
+
+def config_class_of(values: dict):
+    """The config class of the variants of a base, from its config.json."""
+    return configuration.CONFIGS[values["model_type"]]
 
 
 # -- its weights -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import transformers
 from fuzz_cases import TEXT_TOWER, Case, draw_case
-from fuzz_reference import Layout, Row, flat_indices
+from fuzz_reference import Layout, Row
 from repository import ROOT, at_least_one, code_module, environment, output_prefix, write_results
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -174,9 +174,10 @@ class Run:
             code_module("methods_registry").METHODS[self.pruning.method].merges_in_encoder,
         )
         if not self.pruning.prunes:
-            check(len(flat_indices(medium, layout)) == layout.num_tokens, f"{name}: not all tokens stay")
+            check(len(medium.kept) == layout.num_tokens, f"{name}: not all tokens stay")
             return
-        counts, rows = layout.counts(self.pruning, part.kind), [row for kept in medium.kept for row in kept]
+        counts = layout.counts(self.pruning, part.kind)
+        rows = medium.layout.split(medium.kept) if len(counts) == len(layout.sets) else [medium.kept]
         check([len(row) for row in rows] == counts, f"{name}: keeps {[len(row) for row in rows]} instead of {counts}")
         sizes = layout.sets if len(rows) == len(layout.sets) else [layout.num_tokens]
         for row, size in zip(rows, sizes):
@@ -186,8 +187,8 @@ class Run:
             # Tokens that were merged in the encoder may fall into one cell of a pooled grid.
             steps = row.diff()
             check(bool((steps >= 0 if merges else steps > 0).all()), f"{name}: kept {row.tolist()} is not ascending")
-        if medium.sizes is not None and self.pruning.resolved("proportional_attention") and not merges:
-            total = [float(row.sum()) for part_ in medium.sizes for row in part_]
+        if medium.token_sizes is not None and self.pruning.resolved("proportional_attention") and not merges:
+            total = [float(row.sum()) for row in medium.token_sizes.split(counts)]
             check(np.allclose(total, sizes), f"{name}: sizes add up to {total} instead of {sizes}")
 
     # -- what is checked
@@ -207,9 +208,7 @@ class Run:
         for number, parts in enumerate(self.case.rows):
             alone = self.select(self.inputs([parts]))
             together = [medium for medium in media if medium.row == number]
-            same = len(alone) == len(together) and all(
-                len(a.kept) == len(b.kept) and all(map(torch.equal, a.kept, b.kept)) for a, b in zip(alone, together)
-            )
+            same = len(alone) == len(together) and all(torch.equal(a.kept, b.kept) for a, b in zip(alone, together))
             check(same, f"row {number} keeps other tokens in the batch than alone")
 
     def check_forward(self, inputs, rows) -> None:

@@ -83,24 +83,24 @@ class Row:
         return self
 
     def add_medium(self, medium, layout: Layout, pruning) -> "Row":
-        """Adds what is kept of a medium (a `Medium` of the model)."""
-        features = torch.cat([tokens.flatten(0, 1) for tokens in medium.tokens])
+        """Adds what is kept of a medium (a `MediaItem` of the model)."""
+        features = medium.tokens
         embeds = self.model.model.multi_modal_projector(features)
         if medium.kind == "image" and not pruning.prunes:
             embeds = self._with_newlines(embeds, medium)
         number = len(embeds)
         sizes = torch.ones(number, device=embeds.device)
         if pruning.prunes and pruning.resolved("proportional_attention"):
-            sizes = torch.cat([part.flatten() for part in medium.sizes])
+            sizes = medium.token_sizes
         places, end = torch.arange(number), number
         if pruning.prunes and pruning.resolved("positions") == "original":
-            places, end = torch.tensor(layout.places[flat_indices(medium, layout)]), layout.length
+            places, end = torch.tensor(layout.places[medium.kept.cpu().numpy()]), layout.length
         self._append(embeds, self.next_position + places.to(embeds.device), sizes)
         self.next_position += end
         return self
 
     def _with_newlines(self, embeds, medium):
-        base, tiles = medium.grids
+        base, tiles = medium.layout.grids
         rows = embeds[base.tokens_per_set :].unflatten(0, (tiles.height, tiles.width))
         newline = self.model.model.image_newline.expand(tiles.height, 1, -1)
         return torch.cat([embeds[: base.tokens_per_set], torch.cat([rows, newline], dim=1).flatten(0, 1)])
@@ -125,12 +125,3 @@ class Row:
             use_cache=False,
         )
         return self.model.lm_head(states.last_hidden_state)[0]
-
-
-def flat_indices(medium, layout: Layout) -> np.ndarray:
-    """The kept indices of a medium, counted through all its sets."""
-    if medium.kept[0].shape[0] == 1 and len(medium.kept) == 1 and len(layout.sets) > 1:
-        return medium.kept[0][0].cpu().numpy()
-    starts = np.cumsum([0, *layout.sets[:-1]])
-    rows = [row.cpu().numpy() for part in medium.kept for row in part]
-    return np.concatenate([start + row for start, row in zip(starts, rows, strict=True)])

@@ -24,36 +24,24 @@ def draw_overlay(model, processor, inputs, caption: str, path: Path) -> None:
     """
     panels = []
     with torch.inference_mode():
-        media = model.select_tokens(**inputs)
+        items = model.select_tokens(**inputs)
     images = iter(inputs.get("pixel_values", []))
     videos = iter(inputs.get("pixel_values_videos", []))
-    for number, medium in enumerate(media, 1):
-        kept = kept_by_panel(medium)
-        if medium.kind == "video":
+    for number, item in enumerate(items, 1):
+        kept = item.layout.split(item.kept.cpu())
+        if item.kind == "video":
             frames = to_pictures(next(videos), processor.video_processor)
-            grid = medium.grids[0]
+            grid = item.layout.grids[0]
             for index, frame in enumerate(frames):
                 panels.append((f"frame {index + 1}", panel(frame, grid, kept[index])))
         else:
             views = to_pictures(next(images), processor.image_processor)
-            panels.append((f"image {number}, base view", panel(views[0], medium.grids[0], kept[0])))
+            panels.append((f"image {number}, base view", panel(views[0], item.layout.grids[0], kept[0])))
             size = inputs["image_sizes"][number - 1].tolist()
-            if medium.grids[1].tokens_per_set:
+            if item.layout.grids[1].tokens_per_set:
                 tiles = untile(model, views[1:], size)
-                panels.append((f"image {number}, tiles", panel(tiles, medium.grids[1], kept[1])))
+                panels.append((f"image {number}, tiles", panel(tiles, item.layout.grids[1], kept[1])))
     save(sheet(panels, caption), path)
-
-
-def kept_by_panel(medium) -> list:
-    """The kept indices of each frame or image view; a method that takes all tokens jointly counts through them all."""
-    sizes = [grid.tokens_per_set for grid in medium.grids for _ in range(grid.frames)]
-    if len(medium.kept) == len(medium.grids) and len(medium.kept[0]) == medium.grids[0].frames:
-        return [row for kept in medium.kept for row in kept.cpu()]
-    kept, start, rows = medium.kept[0][0].cpu(), 0, []
-    for size in sizes:
-        rows.append(kept[(kept >= start) & (kept < start + size)] - start)
-        start += size
-    return rows
 
 
 def to_pictures(pixels: torch.Tensor, preprocessing) -> list:

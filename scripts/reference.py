@@ -54,18 +54,6 @@ def samples() -> list:
     return [(file, entry["question"]) for file, entries in questions.items() for entry in entries[:QUESTIONS]]
 
 
-def flat_indices(item) -> list:
-    """The kept tokens of an image or video as one ascending list of indices through all its frames or views."""
-    if len(item.kept) != len(item.grids):  # all sets jointly
-        return item.kept[0].flatten().tolist()
-    indices, start = [], 0
-    for grid, kept in zip(item.grids, item.kept):
-        for frame in kept:
-            indices += (frame + start).tolist()
-            start += grid.tokens_per_set
-    return indices
-
-
 @torch.inference_mode()
 def observe(setting: str) -> tuple:
     """Kept tokens and answer for each sample as JSON, and the logits of the first answer token (samples, vocabulary)."""
@@ -85,7 +73,7 @@ def observe(setting: str) -> tuple:
             {
                 "sample": file,
                 "question": question,
-                "kept": flat_indices(item),
+                "kept": item.kept.tolist(),
                 "answer": processor.decode(answer, skip_special_tokens=True).strip(),
             }
         )

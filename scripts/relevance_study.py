@@ -112,7 +112,7 @@ class Study:
     def add(self, scene) -> None:
         inputs = self.processor(text=["<video>"], videos=[scene.frames], return_tensors="pt", keep_ratio=1.0)
         pixels = inputs["pixel_values_videos"].flatten(0, 1).to(self.model.device, self.model.dtype)
-        features = self.model.model.vision_resampler(self.model._tap(pixels)["features"])
+        features = self.model.model.vision_resampler(self.model.patch_features(pixels)["features"])
         projected = self.model.model.multi_modal_projector(features)
         side = int(features.shape[1] ** 0.5)
         any_object = shown(scene, range(len(scene.things)), side)

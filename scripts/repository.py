@@ -285,22 +285,22 @@ class FeatureMemory:
     """
 
     def __init__(self, model):
-        self.encode, self.known = model._tap, {}
+        self.encode, self.known = model.patch_features, {}
         self._lock, self._thread = threading.Lock(), threading.local()
-        model._tap = self
+        model.patch_features = self
 
-    def __call__(self, pixels, needs=frozenset(), **kwargs):
+    def __call__(self, pixels, signals=frozenset(), **kwargs):
         if getattr(self._thread, "goes_past", False):
-            return self.encode(pixels, needs=needs, **kwargs)
-        needs = frozenset(needs & TOWER_FIELDS)
+            return self.encode(pixels, signals, **kwargs)
+        signals = frozenset(signals & TOWER_FIELDS)
         keys = [
             hash(picture.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for picture in pixels
         ]  # bfloat16 too
         pictures = dict(zip(keys, pixels))  # a batch asks several questions about one scene
-        batch = (tuple(pictures), pixels.dtype, needs, repr(sorted(kwargs.items())))
+        batch = (tuple(pictures), pixels.dtype, signals, repr(sorted(kwargs.items())))
         with self._lock:  # so that of two threads with one batch the second gets what the first computed
             if batch not in self.known:
-                self.known[batch] = self.encode(torch.stack(list(pictures.values())), needs=needs, **kwargs)
+                self.known[batch] = self.encode(torch.stack(list(pictures.values())), signals, **kwargs)
             found = self.known[batch]
         places = {key: place for place, key in enumerate(pictures)}
         order = torch.tensor([places[key] for key in keys], device=pixels.device)
@@ -363,10 +363,13 @@ class StageTimer:
 
     def __enter__(self):
         parts = self.model.model
+        towers = {id(tower): tower for tower in (self.model.tower_of(kind)[0] for kind in ("image", "video"))}.values()
         stages = (
-            (self.model, "_encode", lambda: "vision encoder"),
-            (parts.vision_tower, "forward", lambda: "vision encoder"),  # the stock forward calls it directly
-            (self.model, "_select", lambda: "selection"),
+            (self.model, "encode_items", lambda: "vision encoder"),
+            *(
+                (tower, "forward", lambda: "vision encoder") for tower in towers
+            ),  # the stock forward calls them directly
+            (self.model, "prune_items", lambda: "selection"),
             (parts.multi_modal_projector, "forward", lambda: "projector"),
             (parts.language_model, "forward", self._language_stage),
         )

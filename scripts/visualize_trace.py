@@ -2,7 +2,6 @@
 
 import copy
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Optional
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from media import chat_prompt, process
 from overlay import to_pictures, untile
-from repository import code_module, wrapped
 
 # What a method may look at, beside the features themselves, and how a caption calls it; of several the first is shown.
 LOOKS = {
@@ -155,26 +153,13 @@ class PreparedMedia:
         return panels
 
 
-@contextmanager
-def watched(model):
-    """A list of what methods are shown (`VisualTokens`) inside the block, one for each call of this thread."""
-    seen = []
-
-    def show(call, *args, **kwargs):
-        seen.append(call(*args, **kwargs))
-        return seen[-1]
-
-    with wrapped(model, "_visual_tokens", show):
-        yield seen
-
-
 def ratio_grid(model, prepared: PreparedMedia, pruning, asked, max_steps: int) -> list:
     """The ratios that are asked for, and one for each count of the largest set of tokens, but at most `max_steps`."""
     inputs = prepared.inputs("?", pruning.with_keep_ratio(1.0))
     model.config.pruning = pruning
-    pruned, token_sets = pruning.with_keep_ratio(asked[0]), code_module("core_layout").token_sets
-    media = model.select_tokens(**inputs)
-    steps = min(max_steps, max(size for medium in media for _, size in token_sets(medium.grids, pruned)))
+    pruned = pruning.with_keep_ratio(asked[0])
+    items = model.select_tokens(**inputs)
+    steps = min(max_steps, max(size for item in items for _, size in item.layout.sets(pruned)))
     return sorted({*asked, *((step + 1) / steps for step in range(steps))})
 
 
@@ -184,20 +169,20 @@ def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, 
     counts, masks, look, look_name = [], [], None, None
     for ratio in ratios:
         block = pruning.with_keep_ratio(ratio)
-        with watched(model) as seen:
-            media = model.select_tokens(**prepared.inputs(question, block))
+        items = model.select_tokens(**prepared.inputs(question, block), return_signals=True)
         if look is None:
-            look, look_name = looked_at(media, seen)
-        places = [_places(medium) for medium in media]
-        counts.append(sum(len(found) for found, _ in places))
-        masks.append(np.concatenate([np.isin(np.arange(total), found) for found, total in places]))
-    grids = [(number, grid) for number, medium in enumerate(media) for grid in medium.grids for _ in range(grid.frames)]
+            look, look_name = looked_at(items)
+        counts.append(sum(len(item.kept) for item in items))
+        masks.append(np.concatenate([np.isin(np.arange(item.layout.num_tokens), item.kept.cpu()) for item in items]))
+    grids = [
+        (number, grid) for number, item in enumerate(items) for grid in item.layout.grids for _ in range(grid.frames)
+    ]
     return Trace(
         question=question,
         setting=setting,
         pruning=pruning.to_dict(),
         grids=[(grid.height, grid.width) for _, grid in grids],
-        joint=code_module("core_layout").taken_jointly(media[0].grids, pruning.with_keep_ratio(ratios[0])),
+        joint=items[0].layout.shares_budget(pruning.with_keep_ratio(ratios[0])),
         medium_of=[number for number, _ in grids],
         ratios=list(ratios),
         counts=np.array(counts),
@@ -207,41 +192,23 @@ def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, 
     )
 
 
-def _places(medium) -> tuple:
-    """Where the kept tokens of a medium are, counted through all its sets, and how many tokens it has."""
-    places, start = [], 0
-    sizes = [(grid.frames, grid.tokens_per_set) for grid in medium.grids]
-    total = sum(frames * size for frames, size in sizes)
-    if sum(len(kept) for kept in medium.kept) != sum(frames for frames, _ in sizes):
-        sizes = [(1, total)]  # one set of all tokens
-    for (frames, size), kept in zip(sizes, medium.kept):
-        places.append((kept.cpu() + start + size * torch.arange(frames)[:, None]).flatten())
-        start += frames * size
-    return torch.cat(places).numpy(), total
-
-
-def looked_at(media, seen) -> tuple:
+def looked_at(items) -> tuple:
     """
-    What a method compared the tokens by, in the order of the tokens, and what that is called; (`None`, `None`) where it was
-    the features alone, or tokens that the tower had merged.
+    What a method compared the tokens by, in the order of the tokens, and its name; (`None`, `None`) where it was the features
+    alone, or tokens that the encoder had merged.
 
     Args:
-        media: what was selected.
-        seen: what the method was shown, one `VisualTokens` for each size of set.
+        items: what was selected, with signals.
     """
-    sets = {}
-    for tokens in seen:
-        name = next((name for name in LOOKS if getattr(tokens, name) is not None), None)
-        values = getattr(tokens, name) if name else None
-        if name is None or any("anchors" in patches for medium in media for patches in medium.sets):
-            return None, None
-        values = iter((values.sum(1) if name == "text_rows" else values).float().cpu())
-        for number, medium in enumerate(media):
-            for index, patches in enumerate(medium.sets):
-                shape = patches["features"].shape
-                # Sets of one size are selected together, in the order of the media.
-                if shape[1] == tokens.features.shape[1]:
-                    sets[number, index] = torch.stack([next(values) for _ in range(shape[0])]).flatten()
-    if len(sets) != sum(len(medium.sets) for medium in media):
-        return None, None
-    return torch.cat([sets[key] for key in sorted(sets)]).numpy(), name
+    parts, names = [], set()
+    for item in items:
+        for signals, tokens in zip(item.sets, item.signals):
+            if tokens is None or "anchors" in signals:
+                return None, None
+            name = next((name for name in LOOKS if getattr(tokens, name) is not None), None)
+            if name is None:
+                return None, None
+            values = getattr(tokens, name)
+            parts.append((values.sum(1) if name == "text_rows" else values).float().cpu().flatten())
+            names.add(name)
+    return torch.cat(parts).numpy(), names.pop()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
-from rediprune.configuration_rediprune import AUTO_MAP
+from rediprune.configuration_rediprune import ReDiPruneConfig
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files, get_relative_imports
 
+AUTO_MAP = ReDiPruneConfig.auto_map_of_class()
 FILES = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in FILES}
 ALLOWED = {"torch", "numpy", "transformers", *sys.stdlib_module_names}
@@ -104,14 +105,14 @@ def test_no_file_imports_itself_in_a_circle():
 # Each room may import from itself and from those that are named.
 ROOMS = {
     "ops": set(),
-    "hub": {"configuration"},
+    "hub": set(),
     "inputs": {"hub"},
     "methods": {"ops"},
-    "vision": {"ops", "hub", "inputs"},
-    "core": {"ops", "methods", "configuration", "hub"},
     "configuration": {"ops", "methods", "hub"},
-    "processing": {"configuration", "core", "hub", "inputs", "vision"},
-    "modeling": {"configuration", "core", "hub", "methods", "ops", "vision"},
+    "core": {"ops", "methods", "hub", "inputs", "configuration"},
+    "vision": {"ops", "methods", "hub", "inputs", "core"},
+    "processing": {"configuration", "core"},
+    "modeling": {"configuration", "core", "hub", "vision"},
 }
 
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 import transformers
 from places import ROOT, SUPPORT
-from rediprune.configuration_rediprune import AUTO_MAP, ReDiPruneConfig
+from rediprune.configuration_rediprune import ReDiPruneConfig
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from rediprune.processing_rediprune import ReDiPruneProcessor
 from safetensors.torch import load_file, save_file
 from tiny import public_name, random_image, random_video, tiny_config, tiny_model, tiny_processor
 
+AUTO_MAP = ReDiPruneConfig.auto_map_of_class()
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 INDEX = "model.safetensors.index.json"
 

@@ -15,8 +15,9 @@ import torch
 from exporting import broken, refused, run
 from hub_server import Hub
 from rediprune.hub_untrusted import CODE_KEYS, without_code
+from rediprune.inputs_text_tower import question_segments
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
-from rediprune.vision_joint_space import JointSpace, question_segments
+from rediprune.vision_joint_space import JointSpace
 from safetensors.torch import load_file
 from tiny import save_clip, save_stock_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -153,7 +154,7 @@ def test_an_exported_variant_names_no_code_of_its_base(stock, tmp_path, ran, mod
     base = armed(stock, tmp_path / "base", ran)
     variant = tmp_path / f"variant_{os.getpid()}"
     run(base, mode, "--output", variant)
-    auto_map = export.configuration.AUTO_MAP
+    auto_map = export.configuration.ReDiPruneConfig.auto_map_of_class()
     ours = {"config.json": auto_map, "processor_config.json": {"AutoProcessor": auto_map["AutoProcessor"]}}
     for path in variant.glob("*.json"):
         values = json.loads(path.read_text())

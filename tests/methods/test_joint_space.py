@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from hub_server import Hub
 from places import SUPPORT
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
+from rediprune.inputs_text_tower import TOKENIZER_FILES, question_segments
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from rediprune.ops_relevance import clip_relevance
 from rediprune.processing_rediprune import ReDiPruneProcessor
-from rediprune.vision_joint_space import TOKENIZER_FILES, JointSpace, question_segments
+from rediprune.vision_joint_space import JointSpace
 from safetensors.torch import load_file
 from tiny import WORDS, random_image, random_video, save_clip, shown, tiny_config, tiny_model, tiny_processor
 from transformers import AutoTokenizer, CLIPModel
@@ -131,12 +132,12 @@ def test_a_sample_does_not_depend_on_its_batch(method, kind, text_tower):
         first = model.select_tokens(**batch)[0]
         alone = ask(processor, questions[0], kind=kind)
         (medium,) = model.select_tokens(**alone)
-        assert all(map(torch.equal, first.kept, medium.kept))
+        assert torch.equal(first.kept, medium.kept)
         # Neither do words under the mask, nor segments that are all padding.
         ids, mask = (F.pad(alone[name], (0, 0, 0, 2)) for name in ("clip_input_ids", "clip_attention_mask"))
         alone.update(clip_input_ids=ids.masked_fill(mask == 0, 7), clip_attention_mask=mask)
         (padded,) = model.select_tokens(**alone)
-        assert all(map(torch.equal, padded.kept, medium.kept))
+        assert torch.equal(padded.kept, medium.kept)
 
 
 def test_an_empty_question_has_no_relevance(text_tower):
@@ -236,7 +237,7 @@ def test_generates(method, mode, text_tower):
     questions, copies = [SHORT, LONG], mode.get("num_return_sequences", 1)
     batch = model.generate(**ask(processor, *questions), **options)[:, -4:]
     kept = model.select_tokens(**ask(processor, *questions))
-    assert batch.shape == (2 * copies, 4) and not torch.equal(kept[0].kept[0], kept[1].kept[0])
+    assert batch.shape == (2 * copies, 4) and not torch.equal(kept[0].kept, kept[1].kept)
     alone = model.generate(**ask(processor, SHORT), **options)[:, -4:]
     assert torch.equal(batch[:copies], alone)
     logits = model(**ask(processor, SHORT)).logits[0, -1]
@@ -250,15 +251,15 @@ def test_training_reaches_the_vision_tower_and_not_the_text_tower(text_tower):
     with torch.enable_grad():
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.vision_tower.parameters())
-    assert all(p.grad is None for p in model._joint_space().parts.parameters())
+    assert all(p.grad is None for p in model.joint_space().parts.parameters())
 
 
 def test_the_text_tower_is_not_saved(text_tower, tmp_path):
     model, processor = pair(text_tower)
     model.save_pretrained(tmp_path / "before")
     inputs, names = ask(processor, SHORT), set(model.state_dict())
-    logits, space = model(**inputs).logits, model._joint_space()
-    assert model._joint_space() is space and set(model.state_dict()) == names
+    logits, space = model(**inputs).logits, model.joint_space()
+    assert model.joint_space() is space and set(model.state_dict()) == names
     model.save_pretrained(tmp_path / "after")
     processor.save_pretrained(tmp_path / "after")
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("before", "after")]
@@ -318,7 +319,8 @@ def test_a_hub_id_may_name_a_revision(text_tower, tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     script = """
 import code_package
-from rediprune.vision_joint_space import JointSpace, find_tower, question_segments
+from rediprune.inputs_text_tower import find_tower, question_segments
+from rediprune.vision_joint_space import JointSpace
 for place in ("me/clip", "me/clip@main"):
     print(find_tower(place)[1]["revision"])
 try:

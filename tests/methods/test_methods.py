@@ -79,7 +79,7 @@ CONSTANTS = {
     "ops_merging": {"DIVERSITY_WEIGHT": 0.3, "ATTENTION_WEIGHT": 0.3, "MIN_STEPS": 4},
     "ops_selection": {"POOL_FACTOR": 3},
     "ops_tokens": {"TIE_TOLERANCE": 1e-6, "RELATIVE_TIE": 1e-7},
-    "vision_joint_space": {"SEGMENT": 77},
+    "inputs_text_tower": {"SEGMENT": 77},
 }
 
 # Every method that works on what the vision tower gives; those that work inside it are in test_evoprune.py.

@@ -64,12 +64,10 @@ def test_kept_tokens(method, kind, pooling, keep_ratio):
     batch = model.select_tokens(**inputs_of(processor, kind))
     for sample, medium in enumerate(batch):
         (alone,) = model.select_tokens(**inputs_of(processor, kind, [sample]))
-        for kept, kept_alone, tokens in zip(medium.kept, alone.kept, medium.tokens):
-            assert torch.equal(kept, kept_alone) and tokens.isfinite().all()
-            if not METHODS[method].merges_in_encoder:
-                assert (kept.diff(dim=1) > 0).all()
-        offsets = medium.offsets()
-        assert len(offsets) == sum(tokens.shape[0] * tokens.shape[1] for tokens in medium.tokens)
+        assert torch.equal(medium.kept, alone.kept) and medium.tokens.isfinite().all()
+        if not METHODS[method].merges_in_encoder:
+            assert (medium.kept.diff() > 0).all()
+        assert len(medium.layout.columns(medium.kept)) == len(medium.tokens)
 
 
 @EVERY_METHOD
@@ -110,9 +108,9 @@ def test_joint_methods_count_all_tokens_of_a_medium(kind, shapes):
         "keep_ratio": 0.2,
     }  # of 4 * 16 tokens; of 64 and of 2 tiles of 64 less their padding
     (medium,) = tiny_model(**pruning).select_tokens(**inputs_of(tiny_processor(**pruning), kind, [0]))
-    total = sum(grid.frames * grid.tokens_per_set for grid in medium.grids)
-    assert [kept.shape for kept in medium.kept] == [(1, round(0.2 * total))]
-    assert medium.kept[0].max() < total and (medium.offsets().diff() > 0).all()
+    total = medium.layout.num_tokens
+    assert medium.kept.shape == (round(0.2 * total),)
+    assert medium.kept.max() < total and (medium.layout.columns(medium.kept).diff() > 0).all()
 
 
 def test_encoder_ratio_changes_the_composed_method():
@@ -120,7 +118,7 @@ def test_encoder_ratio_changes_the_composed_method():
     for ratio in (0.3, 1.0):
         pruning = {"method": "evoprune_rediprune", "keep_ratio": 0.25, "encoder_keep_ratio": ratio, "pooling": "skip"}
         model = tiny_model(**pruning)
-        kept.append(model.select_tokens(**inputs_of(tiny_processor(**pruning), "video"))[0].kept[0])
+        kept.append(model.select_tokens(**inputs_of(tiny_processor(**pruning), "video"))[0].kept)
     assert kept[0].shape == kept[1].shape and not torch.equal(*kept)
 
 
@@ -144,9 +142,9 @@ def test_the_question_moves_the_selection(method, text_tower):
             **processor(text=[f"USER : <video> {question}" for question in questions], **media)  # noqa: B023
         )
         first, second = ask(*QUESTIONS)
-        assert not torch.equal(first.kept[0], second.kept[0]), relevance
+        assert not torch.equal(first.kept, second.kept), relevance
         first, second = ask(QUESTIONS[0], QUESTIONS[0])
-        assert torch.equal(first.kept[0], second.kept[0])
+        assert torch.equal(first.kept, second.kept)
 
 
 @pytest.mark.parametrize("relevance", RELEVANCES)
@@ -156,7 +154,7 @@ def test_a_prompt_without_question(method, relevance, text_tower):
     model, processor = tiny_model(**pruning), tiny_processor(**pruning)
     texts = ["USER : <video>", f"USER : <video> {QUESTIONS[0]}"]
     media = model.select_tokens(**processor(text=texts, videos=media_of("video"), padding=True))
-    assert [medium.kept[0].shape for medium in media] == [(4, 4), (4, 4)]
+    assert [medium.kept.shape for medium in media] == [(16,), (16,)]
 
 
 def decoder_layer(kind):
@@ -230,7 +228,7 @@ def test_relevance_layers_differ():
             "alpha": 9.0,
         }
         model = tiny_model(**pruning)
-        kept.append(model.select_tokens(**inputs_of(tiny_processor(**pruning), "video"))[0].kept[0])
+        kept.append(model.select_tokens(**inputs_of(tiny_processor(**pruning), "video"))[0].kept)
     assert not torch.equal(*kept)
 
 
@@ -240,5 +238,5 @@ def test_scope(scope, video, image):
     pruning = {"scope": scope, "keep_ratio": 0.25}
     model, processor = tiny_model(**pruning), tiny_processor(**pruning)
     of = lambda kind: model.select_tokens(**inputs_of(processor, kind, [0]))[0]  # noqa: E731
-    assert sum(len(kept) for kept in of("video").kept) == video
-    assert sum(len(kept) for kept in of("image").kept) == image
+    for kind, expected in (("video", video), ("image", image)):
+        assert sum(number for number, _ in of(kind).layout.sets(model.config.pruning)) == expected

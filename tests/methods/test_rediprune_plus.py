@@ -145,7 +145,8 @@ def test_the_documentation_says_it_all(prompt, keep_ratio):
     )
     outputs = model(**inputs)
     hook.remove()
-    found = outputs.image_kept_indices[0] if kind == "image" else outputs.video_kept_indices
-    assert [indices[0].tolist() for indices in found] == kept
+    (found,) = outputs.image_kept_indices if kind == "image" else outputs.video_kept_indices
+    starts = [0, 64]  # the base view, then the tiles
+    assert found.tolist() == [start + index for start, of_set in zip(starts, kept) for index in of_set]
     torch.testing.assert_close(seen[0], embeddings, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(outputs.logits, logits, atol=1e-3, rtol=1e-4)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from rediprune.inputs_text_tower import question_segments
 from rediprune.ops_query import build_query
 from rediprune.ops_relevance import (
     attention_by_head,
@@ -13,8 +14,8 @@ from rediprune.ops_relevance import (
     word_rows,
 )
 from rediprune.ops_tokens import group_means, group_sizes, nearest_kept
-from rediprune.vision_joint_space import JointSpace, question_segments
-from tiny import WORDS, random_image, random_video, shown, tiny_model, tiny_processor
+from rediprune.vision_joint_space import JointSpace
+from tiny import WORDS, by_frame, random_image, random_video, shown, tiny_model, tiny_processor
 
 
 def test_the_largest_of_all_words_counts():
@@ -92,15 +93,17 @@ def test_merging_is_in_fp32():
     model, processor = tiny_model(**pruning).to(torch.bfloat16), tiny_processor(**pruning)
     inputs = processor(text="USER: <video>\nwhere is the star ? ASSISTANT:", videos=random_video()).to(torch.bfloat16)
     (tokens,), (medium,) = shown(model, inputs), model.select_tokens(**inputs)
-    kept, features = medium.kept[0], tokens.features
+    kept, features = by_frame(medium.kept), tokens.features
     nearest = nearest_kept(tokens.compared, kept, tokens.times, 0.25)
     old, means = (
         features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1])),
         group_means(features, nearest, 6),
     )
     expected = (old.float() + 0.3 * (means - old.float())).to(torch.bfloat16)
-    assert torch.equal(medium.tokens[0], expected) and not torch.equal(expected, old.lerp(means.bfloat16(), 0.3))
-    assert torch.equal(medium.sizes[0], group_sizes(nearest, 6))
+    assert torch.equal(medium.tokens, expected.flatten(0, 1)) and not torch.equal(
+        expected, old.lerp(means.bfloat16(), 0.3)
+    )
+    assert torch.equal(medium.token_sizes, group_sizes(nearest, 6).flatten())
 
 
 @pytest.mark.parametrize("method", ["rediprune_plus", "divprune", "rediprune"])

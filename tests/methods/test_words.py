@@ -7,7 +7,7 @@ import pytest
 import torch
 from rediprune.inputs_words import content_words
 from rediprune.ops_relevance import word_rows
-from tiny import random_image, random_video, shown, tiny_model, tiny_processor
+from tiny import by_frame, random_image, random_video, shown, tiny_model, tiny_processor
 
 MMTOK = {"method": "mmtok", "keep_ratio": 0.25}
 
@@ -119,7 +119,7 @@ def test_the_model_keeps_what_a_plain_reference_keeps(question, keep_ratio):
     inputs = processor(text=f"USER: <video>\n{question} ASSISTANT:", videos=random_video(3))
     (tokens,), (medium,) = shown(model, inputs), model.select_tokens(**inputs)
     words = model.get_input_embeddings()(inputs["word_input_ids"][0]).detach()
-    sets = zip(tokens.features, tokens.projected, medium.kept[0].tolist())
+    sets = zip(tokens.features, tokens.projected, by_frame(medium.kept).tolist())
     for features, projected, kept in sets:
         assert kept == slow_mmtok(features, projected.detach(), words, len(kept))
 
@@ -127,7 +127,7 @@ def test_the_model_keeps_what_a_plain_reference_keeps(question, keep_ratio):
 def kept(prompt, **pruning):
     pruning = {**MMTOK, **pruning}
     model, processor = tiny_model(**pruning), tiny_processor(**pruning)
-    return model.select_tokens(**processor(text=prompt, videos=random_video()))[0].kept[0]
+    return model.select_tokens(**processor(text=prompt, videos=random_video()))[0].kept
 
 
 def test_stop_words_and_the_answer_prompt_change_nothing():

@@ -450,7 +450,7 @@ def test_the_largest_weights_leave_every_choice_sound(weights, model, processor)
     processor = copy.copy(processor)
     processor.pruning = model.config.pruning
     output = model(**processor(text="USER: <video> what colour is the star ?", videos=[random_video()]))
-    ((kept,),) = output.video_kept_indices
+    (kept,) = output.video_kept_indices
     assert (kept.diff() > 0).all() and output.logits.isfinite().all()
 
 

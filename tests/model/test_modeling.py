@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from rediprune.core_cache import read_record
-from rediprune.core_layout import token_sets
 from rediprune.methods_registry import METHODS
 from rediprune.ops_query import align_query, build_query
 from rediprune.ops_selection import select_rediprune
@@ -18,6 +17,7 @@ from tiny import (
     IMAGE_SIZE,
     PATCHES,
     POOLED,
+    by_frame,
     random_image,
     random_video,
     stock_processor,
@@ -190,9 +190,8 @@ def test_nothing_pruned_without_pooling_keeps_the_image_layout(stock, name):
         assert torch.allclose(outputs.logits, stock(**inputs).logits, **LOOSE)
     else:
         assert (inputs["input_ids"] == VIDEO).sum() == 4 * PATCHES
-    assert all(
-        torch.equal(kept, torch.arange(kept.shape[1])[None]) for pair in outputs.image_kept_indices for kept in pair
-    )
+    for kept in outputs.image_kept_indices or outputs.video_kept_indices:
+        assert torch.equal(kept, torch.arange(len(kept)))
 
 
 # -- which tokens, and where they go ----------------------------------------------------------------------------------
@@ -257,20 +256,20 @@ def test_placeholders_hold_the_kept_features_projected(block, name):
     processor, model = pruned(**block)
     inputs = media_inputs(processor, name)
     seen, outputs = seen_positions(model, inputs)
-    kept = [list(pair) for pair in outputs.image_kept_indices or ()] + [
-        [kept] for kept in outputs.video_kept_indices or ()
-    ]
+    kept = [*(outputs.image_kept_indices or ()), *(outputs.video_kept_indices or ())]
     by_hand = features_by_hand(model, inputs, model.config.pruning.pooling)
     assert len(kept) == len(by_hand)
     tokens = {IMAGE: [], VIDEO: []}
     for features, indices in zip(by_hand, kept):
-        for set_features, set_indices in zip(features, indices):
-            num_sets, num_tokens = set_features.shape[:2]
-            count = max(1, round(model.config.pruning.keep_ratio * num_tokens))
-            assert set_indices.shape == (num_sets, count) and set_indices.dtype == torch.long
-            assert (set_indices.diff(dim=1) > 0).all() and 0 <= set_indices.min() and set_indices.max() < num_tokens
-            for one_set, one in zip(set_features, set_indices):
-                tokens[VIDEO if len(indices) == 1 else IMAGE].append(model.model.multi_modal_projector(one_set[one]))
+        assert indices.dtype == torch.long and (indices.diff() > 0).all() and indices[0] >= 0
+        start = 0
+        for set_features in (one for of_grid in features for one in of_grid):
+            of_set = indices[(indices >= start) & (indices < start + len(set_features))] - start
+            assert len(of_set) == max(1, round(model.config.pruning.keep_ratio * len(set_features)))
+            token_id = VIDEO if len(features) == 1 else IMAGE
+            tokens[token_id].append(model.model.multi_modal_projector(set_features[of_set]))
+            start += len(set_features)
+        assert indices[-1] < start
     embeds = seen["inputs_embeds"]
     table = model.get_input_embeddings()
     for token_id, parts in tokens.items():
@@ -291,7 +290,7 @@ def test_the_query_is_the_text_after_the_last_placeholder(weighting):
     query = align_query(build_query(question, weighting)[None], 16)
     (features,) = features_by_hand(model, inputs, "before")[0]
     expected = select_rediprune(features, query.expand(4, -1), KEPT, alpha=2.0)
-    assert torch.equal(model(**inputs).video_kept_indices[0], expected)
+    assert torch.equal(by_frame(model(**inputs).video_kept_indices[0]), expected)
 
 
 def test_the_question_matters_and_the_text_before_does_not():
@@ -315,18 +314,18 @@ def test_an_empty_question(processor, model):
     inputs = processor(text="where <video>", videos=random_video())
     assert inputs["input_ids"][0, -1] == VIDEO
     outputs = model(**inputs)
-    assert outputs.logits.isfinite().all() and outputs.video_kept_indices[0].shape == (4, KEPT)
+    assert outputs.logits.isfinite().all() and outputs.video_kept_indices[0].shape == (4 * KEPT,)
 
 
 def test_select_tokens_agrees_with_forward(processor, model):
     for name in ("video", "mixed", "batch"):
         inputs = media_inputs(processor, name)
         outputs, media = model(**inputs), model.select_tokens(**inputs)
-        kept = [kept for pair in outputs.image_kept_indices or () for kept in pair] + list(outputs.video_kept_indices)
+        kept = [*(outputs.image_kept_indices or ()), *outputs.video_kept_indices]
         assert [medium.kind for medium in media] == sorted(medium.kind for medium in media)
-        assert all(torch.equal(a, b) for a, b in itertools.zip_longest(kept, [kept for m in media for kept in m.kept]))
+        assert all(torch.equal(a, b) for a, b in itertools.zip_longest(kept, [m.kept for m in media]))
     assert [medium.row for medium in media] == [0, 1, 0, 2]
-    assert not media[0].kept[0].requires_grad
+    assert not media[0].kept.requires_grad
 
 
 def test_return_types(processor, model):
@@ -351,10 +350,10 @@ def test_the_ratio_of_a_call(model):
     processor = tiny_processor()
     video = random_video()
     half = model(**processor(text="<video> where", videos=video, keep_ratio=0.5))
-    assert half.video_kept_indices[0].shape == (4, POOLED // 2)
+    assert half.video_kept_indices[0].shape == (4 * POOLED // 2,)
     reference = tiny_model(keep_ratio=0.5)(**tiny_processor(keep_ratio=0.5)(text="<video> where", videos=video))
     assert torch.equal(half.logits, reference.logits)
-    assert model(**processor(text="<video> where", videos=video)).video_kept_indices[0].shape == (4, KEPT)
+    assert model(**processor(text="<video> where", videos=video)).video_kept_indices[0].shape == (4 * KEPT,)
     assert model.config.pruning.keep_ratio == 0.15
     with pytest.raises(ValueError, match="'keep_ratio' is 2.0"):
         model(**processor(text="<video> where", videos=video), keep_ratio=2.0)
@@ -407,8 +406,7 @@ def test_a_sample_alone_is_the_sample_in_a_batch(block, side):
         if row in (0, 2):
             assert torch.equal(together.video_kept_indices[row // 2], outputs.video_kept_indices[0])
         if row in (1, 2):
-            pairs = zip(together.image_kept_indices[row - 1], outputs.image_kept_indices[0])
-            assert all(torch.equal(a, b) for a, b in pairs)
+            assert torch.equal(together.image_kept_indices[row - 1], outputs.image_kept_indices[0])
     if side == "left":
         ids = generate(model, batch)
         for row, text in enumerate(texts):
@@ -422,7 +420,7 @@ def test_random_selection_depends_on_seed_frame_and_question_alone():
     )
     first, second = model(**inputs).video_kept_indices
     assert torch.equal(first, model(**inputs).video_kept_indices[0])
-    assert len({tuple(frame.tolist()) for frame in first}) == 4  # every frame draws anew
+    assert len({tuple(frame.tolist()) for frame in by_frame(first)}) == 4  # every frame draws anew
     assert not torch.equal(first, second)
     alone = model(**processor(text="<video> where", videos=random_video(7))).video_kept_indices[0]
     assert torch.equal(first, alone)
@@ -433,7 +431,7 @@ def test_random_selection_depends_on_seed_frame_and_question_alone():
 def test_uniform_selection_is_evenly_spaced():
     processor, model = pruned(method="uniform", keep_ratio=0.25)
     kept = model(**media_inputs(processor, "video")).video_kept_indices[0]
-    assert kept.tolist() == [[2, 6, 10, 14]] * 4
+    assert by_frame(kept).tolist() == [[2, 6, 10, 14]] * 4
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -557,18 +555,16 @@ def positions_by_hand(ids, media):
 
 
 def video_medium(kept, tokens=POOLED):
-    return len(kept) * tokens, [frame * tokens + index for frame, row in enumerate(kept.tolist()) for index in row]
+    return 4 * tokens, kept.tolist()
 
 
-def image_medium(pair, size):
+def image_medium(kept, size):
     crop = {(40, 48): (14, 16), (20, 60): (6, 16), (64, 30): (16, 8)}[size]  # rows and columns of tokens
-    base, tiles = (kept[0].tolist() for kept in pair)
     order = [("base", index) for index in range(PATCHES)]
     for row in range(crop[0]):
         order += [("tile", row * crop[1] + column) for column in range(crop[1])] + ["newline"]
-    return len(order), [order.index(("base", index)) for index in base] + [
-        order.index(("tile", index)) for index in tiles
-    ]
+    tokens = [index for index, name in enumerate(order) if name != "newline"]
+    return len(order), [tokens[index] for index in kept.tolist()]
 
 
 def skipped(model, outputs):
@@ -660,14 +656,15 @@ def test_kept_tokens_stand_for_all_of_their_set():
     inputs = media_inputs(processor, "batch")
     media = model.select_tokens(**inputs)
     for medium in media:
-        for sizes, kept, (_, total) in zip(medium.sizes, medium.kept, token_sets(medium.grids, model.config.pruning)):
-            assert sizes.shape == kept.shape and (sizes >= 1).all()
-            assert sizes.sum(1).tolist() == [total] * len(sizes)
+        assert medium.token_sizes.shape == medium.kept.shape and (medium.token_sizes >= 1).all()
+        counts = [len(kept) for kept in medium.layout.split(medium.kept)]
+        totals = [size for number, size in medium.layout.sets(model.config.pruning) for _ in range(number)]
+        assert [sizes.sum() for sizes in medium.token_sizes.split(counts)] == totals
     sizes = read_record(model(**inputs).past_key_values, 2).sizes
     is_visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
     assert (sizes[~is_visual] == 1).all()
     torch.testing.assert_close(sizes.sum(1) - (~is_visual).sum(1), unpruned_tokens(media, len(sizes)))
-    assert pruned()[1].select_tokens(**inputs)[0].sizes is None
+    assert pruned()[1].select_tokens(**inputs)[0].token_sizes is None
 
 
 @torch.no_grad()
@@ -677,21 +674,21 @@ def test_tokens_stand_for_those_that_they_are_nearest_to(distance):
     processor, model = pruned(method="uniform", keep_ratio=0.3, distance=distance, proportional_attention=True)
     inputs = media_inputs(processor, "video")
     (medium,) = model.select_tokens(**inputs)
-    features, kept = medium.sets[0]["features"], medium.kept[0]
+    features, kept = medium.sets[0]["features"], by_frame(medium.kept)
     compared = model.model.multi_modal_projector(features) if distance == "projected" else features
     nearest = nearest_kept(compared, kept)
-    assert torch.equal(medium.sizes[0], group_sizes(nearest, kept.shape[1]))
+    assert torch.equal(medium.token_sizes, group_sizes(nearest, kept.shape[1]).flatten())
     model.config.pruning.merging = 0.25
     (merged,) = model.select_tokens(**inputs)
-    assert torch.equal(merged.kept[0], kept) and torch.equal(merged.sizes[0], medium.sizes[0])
-    expected = 0.75 * medium.tokens[0] + 0.25 * group_means(features, nearest, kept.shape[1])
-    torch.testing.assert_close(merged.tokens[0], expected)
+    assert torch.equal(merged.kept, medium.kept) and torch.equal(merged.token_sizes, medium.token_sizes)
+    expected = 0.75 * medium.tokens + 0.25 * group_means(features, nearest, kept.shape[1]).flatten(0, 1)
+    torch.testing.assert_close(merged.tokens, expected)
 
 
 def unpruned_tokens(media, rows):
     totals = torch.zeros(rows)
     for medium in media:
-        totals[medium.row] += sum(grid.frames * grid.tokens_per_set for grid in medium.grids)
+        totals[medium.row] += medium.layout.num_tokens
     return totals
 
 
@@ -1165,7 +1162,7 @@ def test_changing_the_config_of_a_loaded_model(model):
     model = tiny_model()
     processor = tiny_processor()
     model.config.pruning.keep_ratio = processor.pruning.keep_ratio = 0.5
-    assert model(**media_inputs(processor, "video")).video_kept_indices[0].shape == (4, POOLED // 2)
+    assert model(**media_inputs(processor, "video")).video_kept_indices[0].shape == (4 * POOLED // 2,)
 
 
 def test_a_tower_with_several_tapped_layers(processor):
@@ -1174,7 +1171,7 @@ def test_a_tower_with_several_tapped_layers(processor):
 
     model = Model(tiny_config(vision_feature_layer=[-2, -1])).eval()
     outputs = model(**media_inputs(processor, "mixed"))
-    assert outputs.logits.isfinite().all() and outputs.video_kept_indices[0].shape == (4, KEPT)
+    assert outputs.logits.isfinite().all() and outputs.video_kept_indices[0].shape == (4 * KEPT,)
     unpruned = media_inputs(processor, "mixed", keep_ratio=1)
     ratio_free = {key: value for key, value in unpruned.items() if key != "keep_ratio"}
     stock = stock_twin(model, vision_feature_layer=[-2, -1])
@@ -1197,7 +1194,7 @@ def test_a_prompt_longer_than_the_context_is_refused(processor, model):
 def test_one_frame_and_many_frames(processor, model):
     for frames in (1, 9):
         inputs = processor(text="<video> where", videos=random_video(frames=frames), do_sample_frames=False)
-        assert model(**inputs).video_kept_indices[0].shape == (frames, KEPT)
+        assert model(**inputs).video_kept_indices[0].shape == (frames * KEPT,)
 
 
 def test_the_signature_keeps_generation_from_projecting_all_tokens(processor, model):

@@ -20,7 +20,7 @@ dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_
 model = tiny_model()
 model._device_mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
 rows = torch.tensor([[0.25, 0.5, 0.0], [0.5, 0.25, 0.0]][rank])
-print(json.dumps(model._largest_of_all_heads(rows).tolist()))
+print(json.dumps(model.largest_of_heads(rows).tolist()))
 dist.destroy_process_group()
 """
 

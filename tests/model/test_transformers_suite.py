@@ -29,7 +29,7 @@ if not SDIST:
 pytest.importorskip("parameterized")
 
 from rediprune.configuration_rediprune import ReDiPruneConfig  # noqa: E402
-from rediprune.core_layout import image_grids, num_placeholders, video_grids  # noqa: E402
+from rediprune.core_layout import FrameSize, LlavaNextVideoLayouts  # noqa: E402
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration  # noqa: E402
 from transformers import (  # noqa: E402
     CLIPVisionConfig,
@@ -92,10 +92,10 @@ class Tester:
         self.batch_size, self.num_hidden_layers, self.hidden_size, self.num_attention_heads = BATCH, 2, 32, 4
         self.is_training, self.text_tokens, self.pad_token_id = True, 7, 0
         pruning = ReDiPruneConfig(**config).pruning if config else ReDiPruneConfig(pruning={"method": "none"}).pruning
-        self.image_tokens = num_placeholders(
-            image_grids([IMAGE_SIZE, IMAGE_SIZE], [[IMAGE_SIZE, IMAGE_SIZE]], IMAGE_SIZE, SIDE), pruning, newlines=True
-        )
-        self.video_tokens = num_placeholders(video_grids(FRAMES, SIDE, pruning.pooling, 2), pruning, newlines=False)
+        frame = FrameSize(IMAGE_SIZE, SIDE, [[IMAGE_SIZE, IMAGE_SIZE]], 2)
+        image = LlavaNextVideoLayouts.image(frame, [IMAGE_SIZE, IMAGE_SIZE])
+        self.image_tokens = image.num_placeholders(pruning)
+        self.video_tokens = LlavaNextVideoLayouts.video(frame, FRAMES, pruning).num_placeholders(pruning)
         self.seq_length = self.image_tokens + self.video_tokens + self.text_tokens
         self.encoder_seq_length = self.key_length = self.seq_length
 

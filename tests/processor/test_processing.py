@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
-from rediprune.core_layout import crop_of_tiles, image_grids, num_placeholders, video_grids
+from rediprune.core_layout import FrameSize, LlavaNextVideoLayouts, crop_of_tiles
 from rediprune.methods_registry import METHODS
 from rediprune.processing_rediprune import ReDiPruneProcessor
 from tiny import (
@@ -48,8 +48,8 @@ def count(inputs, token):
 
 
 def expected_image_count(size, **pruning):
-    grids = image_grids(size, PINPOINTS, IMAGE_SIZE, SIDE)
-    return num_placeholders(grids, PruningConfig(**pruning), newlines=True)
+    frame = FrameSize(IMAGE_SIZE, SIDE, PINPOINTS)
+    return LlavaNextVideoLayouts.image(frame, size).num_placeholders(PruningConfig(**pruning))
 
 
 def greys(inputs):
@@ -159,16 +159,18 @@ def test_video_counts_by_hand(pooling, tokens, keep_ratio):
 )
 def test_geometry_of_the_published_shapes(size, keep_ratio, pooling, frames):
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-    base, tiles = image_grids(size, pinpoints, 336, 24)
+    frame = FrameSize(336, 24, pinpoints, 2)
+    image = LlavaNextVideoLayouts.image(frame, size)
+    base, tiles = image.grids
     assert (base.frames, base.height, base.width) == (1, 24, 24)
     assert 0 <= tiles.height <= 72 and 0 <= tiles.width <= 72  # a line of pixels can leave no row of tokens
     pruning, unpruned = (
         PruningConfig(keep_ratio=keep_ratio, pooling=pooling),
         PruningConfig(keep_ratio=1, pooling=pooling),
     )
-    for grids, newlines in (([base, tiles], True), (video_grids(frames, 24, pooling, 2), False)):
-        kept, full = (num_placeholders(grids, block, newlines) for block in (pruning, unpruned))
-        assert sum(grid.frames * min(1, grid.tokens_per_set) for grid in grids) <= kept <= full
+    for layout in (image, LlavaNextVideoLayouts.video(frame, frames, pruning)):
+        kept, full = (layout.num_placeholders(block) for block in (pruning, unpruned))
+        assert sum(grid.frames * min(1, grid.tokens_per_set) for grid in layout.grids) <= kept <= full
 
 
 def test_an_image_whose_crop_needs_rounding(processor, stock):
@@ -191,19 +193,20 @@ def test_grids_of_an_image_that_are_none(pinpoints):
     with pytest.raises(ValueError, match=message):
         processor(text="<image>", images=random_image())
     with pytest.raises(ValueError, match=message):
-        image_grids((40, 48), pinpoints, IMAGE_SIZE, SIDE)
+        LlavaNextVideoLayouts.image(FrameSize(IMAGE_SIZE, SIDE, pinpoints), (40, 48))
 
 
 @pytest.mark.parametrize("stride", [0, -1, 2.5, "2", None, True, SIDE + 1])
 def test_pool_strides_that_are_none(stride):
     message = "spatial_pool_stride is .*, but must be a whole number of at least 1"
     with pytest.raises(ValueError, match=message):
-        video_grids(4, SIDE, "before", stride)
+        LlavaNextVideoLayouts.video(FrameSize(IMAGE_SIZE, SIDE, None, stride), 4, PruningConfig())
     processor = tiny_processor()
     processor.spatial_pool_stride = stride
     with pytest.raises(ValueError, match=message):
         processor(text="<video>", videos=random_video())
-    assert video_grids(4, SIDE, "skip", stride) == [(4, SIDE, SIDE)]
+    unpooled = LlavaNextVideoLayouts.video(FrameSize(IMAGE_SIZE, SIDE, None, stride), 4, PruningConfig(pooling="skip"))
+    assert unpooled.grids == ((4, SIDE, SIDE, 0),)
 
 
 @pytest.mark.parametrize(

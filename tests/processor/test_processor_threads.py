@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rediprune import inputs_tokenizing
-from rediprune.vision_joint_space import load_tokenizer, question_segments
+from rediprune.inputs_text_tower import load_tokenizer, question_segments
 from tiny import random_image, random_video, tiny_processor, write_video
 
 

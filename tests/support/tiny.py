@@ -247,9 +247,12 @@ def make_inputs(processor, text, **media):
 
 
 def shown(model, inputs):
-    """What the method is shown, one `VisualTokens` for each size of sets."""
-    seen, original = [], model._visual_tokens
-    model._visual_tokens = lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1]
-    model.select_tokens(**inputs)
-    del model._visual_tokens
-    return seen
+    """What the method is shown, one `VisualTokens` for each entry of each item's sets."""
+    items = model.select_tokens(**inputs, return_signals=True)
+    return [tokens for item in items for tokens in item.signals if tokens is not None]
+
+
+def by_frame(kept, frames=4):
+    """Flat kept indices of a video whose frames keep equally many, as (frames, k) indices within the frames."""
+    kept = kept.unflatten(0, (frames, -1))
+    return kept - kept.new_tensor(range(frames))[:, None] * POOLED

@@ -283,7 +283,7 @@ def test_a_timer_of_another_clock(model):
 
 def test_timers_of_two_threads_do_not_see_each_other(model):
     inputs = benchmark.random_inputs(model, model.config.pruning, 2, 1, 24, seed=0)
-    barrier, methods = threading.Barrier(2, timeout=30), (model._encode, model._select)
+    barrier, methods = threading.Barrier(2, timeout=30), (model.encode_items, model.prune_items)
 
     def measure(new_tokens):
         ticks = itertools.count()
@@ -301,13 +301,13 @@ def test_timers_of_two_threads_do_not_see_each_other(model):
         short, long = pool.map(measure, (2, 5))
     stages = dict.fromkeys(("vision encoder", "selection", "projector", "prefill"), 1)
     assert short == ({**stages, "decode": 1}, 2) and long == ({**stages, "decode": 4}, 5)
-    assert (model._encode, model._select) == methods and "forward" not in vars(model.model.language_model)
+    assert (model.encode_items, model.prune_items) == methods and "forward" not in vars(model.model.language_model)
 
 
 def test_a_timer_leaves_what_stood_in_for_a_method_and_ends_with_an_error(model):
-    model._select = stands_in = model._select
+    model.prune_items = stands_in = model.prune_items
     with pytest.raises(TypeError), StageTimer(model) as timer:
-        model._select()
+        model.prune_items()
     assert vars(model)["_select"] is stands_in and "_encode" not in vars(model) and not timer.seconds
 
 

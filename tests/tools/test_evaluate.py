@@ -159,7 +159,7 @@ def test_the_features_of_a_batch_do_not_depend_on_what_came_before(loaded):
     twice = memory(pictures[[2, 3, 2, 4]])["features"]
     assert torch.equal(twice, again["features"][[0, 1, 0, 2]])
     assert memory(pictures.bfloat16())["features"].shape == (5, 144, 128)  # numpy has no such type
-    del model._tap
+    del model.patch_features
 
 
 def test_threads_that_share_a_memory_get_the_features_of_a_lone_one(loaded):
@@ -167,17 +167,17 @@ def test_threads_that_share_a_memory_get_the_features_of_a_lone_one(loaded):
     pictures = torch.rand(6, 3, 96, 96, generator=generator)
     batches = [pictures[:3], pictures[2:], pictures[[1, 1, 4]], pictures[:3]] * 3
     alone = [FeatureMemory(model)(batch)["features"] for batch in batches]
-    del model._tap
+    del model.patch_features
 
-    calls, encode = [], model._tap
-    model._tap = lambda *args, **kwargs: (calls.append(1), encode(*args, **kwargs))[1]
+    calls, encode = [], model.patch_features
+    model.patch_features = lambda *args, **kwargs: (calls.append(1), encode(*args, **kwargs))[1]
     memory, past = FeatureMemory(model), threading.Event()
 
     def ask(number):
         if number == 0:
             with memory.switched_off():
                 past.wait(10)  # until the others have their answers
-                return model._tap(batches[0])["features"]
+                return model.patch_features(batches[0])["features"]
         features = memory(batches[number])["features"]
         if len(calls) >= 3:
             past.set()
@@ -187,7 +187,7 @@ def test_threads_that_share_a_memory_get_the_features_of_a_lone_one(loaded):
         answers = list(pool.map(torch.no_grad()(ask), range(len(batches))))
     assert all(map(torch.equal, answers[1:], alone[1:]))
     assert len(calls) == 3 + 1  # each batch once, and the one that went past
-    del model._tap
+    del model.patch_features
 
 
 def test_what_the_tower_is_asked_for_is_part_of_what_is_remembered(loaded):
@@ -196,7 +196,7 @@ def test_what_the_tower_is_asked_for_is_part_of_what_is_remembered(loaded):
     first, last = (memory(pictures, vision_feature_layer=layer)["features"] for layer in (1, -1))
     assert not torch.equal(first, last)
     assert torch.equal(memory(pictures, vision_feature_layer=1)["features"], first)
-    del model._tap
+    del model.patch_features
 
 
 # -- scenes ------------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_a_report_names_its_scenes(monkeypatch, tmp_path):
 
 def kept(model, processor, questions, number):
     inputs = questions.inputs(processor, 0, number, 0.25)
-    return [medium.kept[0] for medium in model.select_tokens(**inputs)]
+    return [medium.kept for medium in model.select_tokens(**inputs)]
 
 
 @torch.inference_mode()
@@ -261,7 +261,7 @@ def test_tokens_are_selected_for_another_question(loaded):
     assert all(torch.equal(kept, of_scene[0]) for kept in of_scene)
     other_query.tokens = None
     assert all(map(torch.equal, kept(model, processor, questions, number), plain))
-    del model._select
+    del model.prune_items
 
 
 @torch.inference_mode()
@@ -277,7 +277,7 @@ def test_a_control_is_what_every_method_selects_for(monkeypatch, tmp_path, metho
     for setting in args.settings:
         run.use(setting)
         media = run.model.select_tokens(**run.inputs(questions, setting, (0, len(questions)), 0.25))
-        choices.append([medium.kept[0] for medium in media])
+        choices.append([medium.kept for medium in media])
     own, constant = choices
     assert all(torch.equal(kept, constant[0]) for kept in constant)
     assert not all(torch.equal(kept, own[0]) for kept in own)

@@ -6,7 +6,8 @@ import sys
 
 import fuzz
 import pytest
-import rediprune.modeling_rediprune_llava as modeling
+import rediprune.core_forward as forward
+import rediprune.core_pruner as pruner
 import torch
 from fuzz_cases import CACHES, draw_case
 from rediprune.methods_base import Method
@@ -48,25 +49,25 @@ def one_more(self, num_tokens, pruning):
     return min(num_tokens, count_kept(num_tokens, pruning.keep_ratio) + 1)
 
 
-def late_gaps(mask, *args):
-    before, after = real_gaps(mask, *args)
-    return before.roll(1, dims=1), after
+def late_gaps(*args):
+    columns, skipped = real_columns(*args)
+    return columns.roll(1, dims=1), skipped
 
 
 def backwards(self, tokens, num_kept, pruning):
     return [values.flip(1) for values in real_reduce(self, tokens, num_kept, pruning)]
 
 
-real_gaps, real_sizes, real_reduce = modeling.position_gaps, modeling.group_sizes, Method.reduce
+real_columns, real_sizes, real_reduce = forward.unpruned_columns, pruner.group_sizes, Method.reduce
 FAULTS = {
     "another count": (Method, "count", one_more, "placeholders|keeps"),
     "another order": (Method, "reduce", backwards, "is not ascending"),
-    "gaps in other places": (modeling, "position_gaps", late_gaps, "logits differ"),
-    "other sizes": (modeling, "group_sizes", lambda *args: real_sizes(*args) + 1, "sizes add up to"),
-    "a cache that forgets": (modeling, "read_record", lambda *args: None, "logits differ|Error"),
-    "sizes without weight": (modeling, "_all_sizes", lambda *args: None, "logits differ"),
+    "gaps in other places": (forward, "unpruned_columns", late_gaps, "logits differ"),
+    "other sizes": (pruner, "group_sizes", lambda *args: real_sizes(*args) + 1, "sizes add up to"),
+    "a cache that forgets": (forward, "read_record", lambda *args: None, "logits differ|Error"),
+    "sizes without weight": (forward, "all_sizes", lambda *args: None, "logits differ"),
     "one row decides for all": (
-        modeling, "_question_mask", lambda embeds, *args, **kwargs: torch.ones(embeds.shape[:2], dtype=torch.bool), "alone|differ"
+        forward, "question_mask", lambda masks, *args, **kwargs: torch.ones_like(masks), "alone|differ"
     ),
 }  # fmt: skip
 

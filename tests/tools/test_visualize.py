@@ -17,7 +17,7 @@ from places import ROOT
 from repository import FeatureMemory, add_model_arguments, load, parse_setting
 from visualize_colours import HEAT, ORDER, colour_of
 from visualize_sheet import wrapped
-from visualize_trace import PreparedMedia, ratio_grid, trace, watched
+from visualize_trace import PreparedMedia, ratio_grid, trace
 
 SAMPLES = ROOT / "samples"
 VIDEO = ["--video", str(SAMPLES / "video-1.mp4")]
@@ -82,11 +82,8 @@ def test_a_trace_says_what_the_model_keeps(loaded, media, setting):
         start = 0
         kept = []
         for medium in case.model.select_tokens(**case.processed(ratio)):
-            sizes = [grid.tokens_per_set for grid in medium.grids for _ in range(grid.frames)]
-            rows = [row for rows in medium.kept for row in rows]
-            offsets = [start] if len(rows) == 1 else start + np.cumsum([0, *sizes[:-1]])
-            kept += [int(index) + offset for row, offset in zip(rows, offsets) for index in row]
-            start += sum(sizes)
+            kept += [start + int(index) for index in medium.kept]
+            start += medium.layout.num_tokens
         assert np.flatnonzero(item.masks[item.step(ratio)]).tolist() == sorted(kept)
         assert item.counts[item.step(ratio)] == len(kept)
     assert item.num_tokens == start == sum(height * width for height, width in item.grids)
@@ -111,10 +108,9 @@ def test_where_a_trace_is_exact_its_ranks_are_the_order_of_the_picks(loaded, med
     case = Case(loaded, media, "rediprune")
     item = case.trace()
     assert item.exact
-    with watched(case.model) as seen:
-        case.model.select_tokens(**case.processed(0.25))
-    (tokens,) = seen
-    for features, relevance, part in zip(tokens.features, tokens.relevance, item.set_slices):
+    (kept,) = case.model.select_tokens(**case.processed(0.25), return_signals=True)
+    shown = [pair for tokens in kept.signals for pair in zip(tokens.features, tokens.relevance)]
+    for (features, relevance), part in zip(shown, item.set_slices, strict=True):
         expected = picks_of(features.float(), relevance, case.pruning.alpha)
         assert item.rank[part].argsort().tolist() == expected
         assert np.allclose(item.look[part], relevance)
@@ -221,7 +217,7 @@ def test_one_run_writes_a_sheet_a_page_and_the_numbers(written, loaded):
     assert first["question"] == QUESTION and first["method"] == "rediprune" and first["order_is_exact"]
     case = Case(loaded, VIDEO, "rediprune")
     (medium,) = case.model.select_tokens(**case.processed(0.25))
-    assert first["kept"]["0.25"]["indices"] == medium.kept[0].tolist()
+    assert first["kept"]["0.25"]["indices"] == medium.layout.split(medium.kept)[0].tolist()
     assert len(first["scores"]) == len(first["rank"]) == 8 and len(first["scores"][0]) == 36
     assert record["traces"][1]["scores"] is None
     width, height = Image.open(written[".png"]).size
@@ -346,7 +342,7 @@ def test_patches_are_drawn_where_the_model_keeps_them(opened, loaded):
         """[...document.querySelectorAll('.side.one svg')].map((svg) => [...svg.querySelectorAll('rect')].flatMap(
         (rect, place) => rect.classList.contains('kept') ? [place] : []))"""
     )
-    assert shown == medium.kept[0].tolist()
+    assert shown == medium.layout.split(medium.kept)[0].tolist()
     box = opened.evaluate(
         f"""(() => {{ const rect = document.querySelectorAll('.side.one svg')[0].querySelectorAll('rect')[{shown[0][0]}];
         const svg = rect.ownerSVGElement.getBoundingClientRect(), box = rect.getBoundingClientRect();

@@ -1,0 +1,325 @@
+"""What every processor does: media become pixels and exactly as many placeholders as the model will fill."""
+
+import copy
+import functools
+import itertools
+import os
+import re
+
+import numpy as np
+import torch
+from transformers import BatchFeature, LlavaNextVideoProcessor
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
+
+from .configuration_rediprune import PruningConfig
+from .core_layout import FrameSize, check_pinpoints
+from .hub_files import code_in_place, make_portable, whole_files
+from .inputs_chat import contents_as_lists, plain_messages, plain_text, plain_tools
+from .inputs_download import MAX_BYTES, TIMEOUT, download
+from .inputs_media import is_empty
+from .inputs_reading import check_prompts, read_images, sample_videos
+from .inputs_text_tower import question_segments
+from .inputs_tokenizing import OneAtATime
+from .inputs_words import content_words
+
+TRANSFORMERS_4 = not hasattr(LlavaNextVideoProcessor, "_process_videos")
+
+
+class PrunedProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": False}, "common_kwargs": {"return_tensors": "pt"}}
+
+
+class PrunedProcessorMixin:
+    """
+    For processor classes, before the stock class: one placeholder for each visual token that stays.
+
+    Loaded from a repository it takes the pruning parameters from `config.json`, their only home; they are not saved with
+    the processor.
+
+    Threads can call one processor at the same time, each with its own arguments: a call keeps no state in it.
+
+    Args:
+        pruning ([`PruningConfig`] or `dict`, *optional*): the pruning block; the defaults when not given.
+
+    Attributes:
+        config_class: the config whose pruning block it takes.
+        layout_class: the arithmetic that it shares with its model, such as `LlavaLayouts`.
+        download_timeout (`float`, 60): seconds that an image or a video by URL may take.
+        download_max_bytes (`int`, 512 MiB): bytes that it may have.
+    """
+
+    config_class = layout_class = None
+    tokenizer_class = "AutoTokenizer"  # 4.57 would take Llama's alone
+    download_timeout = TIMEOUT
+    download_max_bytes = MAX_BYTES
+
+    def set_pruning(self, pruning) -> None:
+        self.pruning = PruningConfig.from_value(pruning)
+
+    @property
+    def placeholders(self) -> dict:
+        """For each kind of media its token."""
+        return {kind: getattr(self, f"{kind}_token") for kind in self.layout_class.kinds}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, pruning=None, **kwargs):
+        """
+        As in the stock class; `pruning={...}` is merged over the block of the repository's `config.json`.
+
+        Raises:
+            OSError: no `config.json` beside the processor's files.
+        """
+        hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {key: kwargs[key] for key in hub_keys if key in kwargs}
+        overrides = {} if pruning is None else {"pruning": pruning}
+        config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs, **overrides)
+        if TRANSFORMERS_4:
+            # 4.57 has two image processors and would take the slow one, whose pixels differ from those of 5.x.
+            kwargs.setdefault("use_fast", True)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor.pruning = config.pruning
+        if hasattr(config, "spatial_pool_stride"):
+            processor.spatial_pool_stride = config.spatial_pool_stride
+        return processor
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, *args, **kwargs):
+        # Without a config, AutoTokenizer of 5.x asks whether the code of the config may run: it is running already.
+        kwargs.setdefault("config", cls.config_class())
+        return super()._load_tokenizer_from_pretrained(*args, **kwargs)
+
+    def to_dict(self, *args, **kwargs):
+        output = super().to_dict(*args, **kwargs)
+        for key in ("pruning", "spatial_pool_stride", "download_timeout", "download_max_bytes"):
+            output.pop(key, None)
+        return output
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As in the stock class, but in files that both transformers lines read. Where one cannot be written, none is."""
+        if push_to_hub:  # comes back here with a temporary folder
+            self.push_to_hub(kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory)), **kwargs)
+            kwargs = {}
+        with whole_files(save_directory) as folder:
+            with code_in_place(self, save_directory):
+                files = super().save_pretrained(folder, **kwargs)
+            make_portable(folder, type(self).__name__, {"AutoProcessor": f"processing_rediprune.{type(self).__name__}"})
+        return [os.path.join(save_directory, os.path.relpath(file, folder)) for file in files]
+
+    def apply_chat_template(self, conversation, chat_template=None, tools=None, documents=None, **kwargs):
+        """
+        As in the stock class, and what somebody typed never becomes a placeholder: where a text of the conversation, of
+        `tools` or of `documents` holds `<video>` or `<image>`, a zero width space (U+200B) follows its `<`, in the
+        prompt and so in what the model reads. Media come from the parts of type `"video"` and `"image"` alone.
+        """
+        tokens = tuple(self.placeholders.values())
+        conversation = plain_messages(conversation, tokens)
+        if TRANSFORMERS_4 and kwargs.get("tokenize"):
+            conversation = contents_as_lists(conversation)
+        tools, documents = plain_tools(tools, tokens), plain_text(documents, tokens)
+        return super().apply_chat_template(conversation, chat_template, tools=tools, documents=documents, **kwargs)
+
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        keep_ratio=None,
+        download_timeout=None,
+        download_max_bytes=None,
+        **kwargs,
+    ):
+        """
+        As in the stock class, and:
+
+        Args:
+            text: prompts in which every `<video>` and `<image>` is a placeholder, whoever wrote it;
+                `apply_chat_template` is what tells them from typed text.
+            images: PIL images, arrays, paths, http or https URLs or base64, each alone, in a list, or in one list for
+                each prompt. Arrays are RGB of 0..255.
+            videos: arrays, lists of frames, or videos as paths, http or https URLs, `bytes` or binary files, sampled as
+                the video processor's config says (or `num_frames=`, `fps=`, `do_sample_frames=`); a clip with fewer
+                frames gives all of them.
+            keep_ratio (`float`, *optional*): keep ratio of this call, instead of the one of `config.json`. It is returned
+                among the inputs, so that `model.generate(**inputs)` follows it.
+            download_timeout (`float`, *optional*), download_max_bytes (`int`, *optional*): instead of the attributes.
+                The limits hold for each URL with all its redirects; one to another scheme than http or https is refused.
+
+        Returns:
+            [`BatchFeature`]: the stock fields, `keep_ratio` (`float`) where it was given, and those of `question_inputs`.
+
+        Raises:
+            FileNotFoundError: a video path that does not exist.
+            OSError: the text tower or a URL cannot be reached; a `TimeoutError` where the time was not enough.
+            ValueError: placeholders and media differ in number, or, in lists for each prompt, do so for one of them;
+                audio was given; a medium cannot be decoded, is empty, or is no 8-bit RGB; a URL is of another scheme,
+                or too large; the videos of one call have different numbers of frames; a text cannot be encoded.
+        """
+        # Harnesses pass an empty list for each modality that a sample lacks, under old names too.
+        if not is_empty(audio) or not is_empty(kwargs.pop("audios", None)):
+            raise ValueError(f"{type(self).__name__} takes images and videos, but audio was given; leave it out.")
+        for kind, media in (("image", images), ("video", videos)):
+            if not is_empty(media) and kind not in self.layout_class.kinds:
+                raise ValueError(f"{type(self).__name__} takes no {kind}s, but some were given; leave them out.")
+        text = [text] if isinstance(text, str) else text
+        # All that needs no medium is checked before one is read or downloaded.
+        self.validate_inputs(images, text, videos)
+        # A copy with its own pruning block, so that calls with different ratios cannot meet in shared state.
+        caller = copy.copy(self)
+        caller.pruning = self.pruning.with_keep_ratio(keep_ratio)
+        caller.tokenizer = OneAtATime(self.tokenizer)
+        fetch = functools.partial(
+            download,
+            timeout=self.download_timeout if download_timeout is None else download_timeout,
+            max_bytes=self.download_max_bytes if download_max_bytes is None else download_max_bytes,
+        )
+        images = None if is_empty(images) else self._read_images(images, kwargs, fetch)
+        if is_empty(videos):
+            videos = None
+        else:
+            videos, kwargs = sample_videos(videos, self.video_processor, kwargs, fetch)
+        outputs = caller._process(images, text, videos, kwargs)
+        if keep_ratio is not None:
+            outputs["keep_ratio"] = caller.pruning.keep_ratio
+        if text is not None and not (images is None and videos is None):
+            outputs.update(caller.question_inputs(text))
+        return outputs
+
+    def question_inputs(self, prompts: list) -> dict:
+        """The questions of prompts in the forms that the pruning block asks for: `clip_inputs`, `word_inputs`, or nothing."""
+        inputs = self.clip_inputs(prompts) if self.pruning.reads_clip else {}
+        return {**inputs, **self.word_inputs(prompts)} if self.pruning.reads_words else inputs
+
+    def clip_inputs(self, prompts: list) -> dict:
+        """
+        The questions of prompts for the text tower of the pruning block.
+
+        Returns:
+            `clip_input_ids` and `clip_attention_mask`, LongTensors (prompts, segments, tokens), see `question_segments`.
+        """
+        ids, mask = question_segments(self.pruning.text_tower, self._questions(prompts))
+        return {"clip_input_ids": ids, "clip_attention_mask": mask}
+
+    def word_inputs(self, prompts: list) -> dict:
+        """
+        The content words of the questions of prompts, tokenized by themselves.
+
+        Returns:
+            `word_input_ids`, LongTensor (prompts, tokens), with -1 after those of the shorter ones.
+        """
+        texts = [" ".join(content_words(question)) for question in self._questions(prompts)]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = torch.full((len(ids), max(map(len, ids))), -1)
+        for row, tokens in zip(rows, ids):
+            row[: len(tokens)] = torch.tensor(tokens)
+        return {"word_input_ids": rows}
+
+    def _questions(self, prompts: list) -> list:
+        """Of each prompt what follows the last placeholder, without what the chat template adds to ask for an answer."""
+        either_token = "|".join(map(re.escape, self.placeholders.values()))
+        questions = [re.split(either_token, prompt)[-1].strip() for prompt in prompts]
+        ending = self._generation_prompt()
+        return [question.removesuffix(ending).strip() for question in questions]
+
+    def _generation_prompt(self) -> str:
+        """What the chat template puts after a question to ask for an answer, such as `"ASSISTANT:"`."""
+        if not isinstance(self.chat_template, str):
+            return ""
+        chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        asked = self.apply_chat_template(chat, add_generation_prompt=True)
+        return asked.removeprefix(self.apply_chat_template(chat, add_generation_prompt=False)).strip()
+
+    def _frame_size(self, pixels: int) -> FrameSize:
+        """Of pictures whose side has so many pixels after preprocessing."""
+        pinpoints = getattr(self.image_processor, "image_grid_pinpoints", None)
+        stride = getattr(self, "spatial_pool_stride", None)
+        return FrameSize(pixels, pixels // self.patch_size, pinpoints, stride)
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
+        """The placeholders of one image."""
+        pixels = image_inputs.get("pixel_values", image_inputs.get("pixel_values_images"))  # 4.57's name in Video-LLaVA
+        sizes = image_inputs.get("image_sizes")
+        size = None if sizes is None else [int(length) for length in sizes[image_idx]]
+        height, width = np.shape(pixels[image_idx])[-2:]
+        if height != width:
+            raise ValueError(f"images are {height}x{width} after preprocessing, but the vision tower takes squares.")
+        layout = self.layout_class.image(self._frame_size(width), size)
+        return self.image_token * layout.num_placeholders(self.pruning)
+
+    def replace_video_token(self, video_inputs, video_idx, **kwargs) -> str:
+        """The placeholders of one video."""
+        num_frames, *_, height, width = np.shape(video_inputs["pixel_values_videos"][video_idx])
+        if height != width:
+            raise ValueError(f"frames are {height}x{width} after preprocessing, but the vision tower takes squares.")
+        layout = self.layout_class.video(self._frame_size(width), num_frames, self.pruning)
+        return self.video_token * layout.num_placeholders(self.pruning)
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes=None, video_sizes=None, keep_ratio=None, **kwargs
+    ) -> MultiModalData:
+        """
+        How many placeholders media of these sizes take: what serving engines ask before they see a medium.
+
+        Args:
+            image_sizes: (height, width) of each image.
+            video_sizes: (sampled frames, height, width) of each video; frames are cropped to one size, so only the first
+                counts.
+            keep_ratio (`float`, *optional*): as in `__call__`.
+        """
+        pruning, numbers = self.pruning.with_keep_ratio(keep_ratio), {}
+        if image_sizes is not None:
+            frame = self._frame_size((kwargs.get("crop_size") or self.image_processor.crop_size)["height"])
+            layouts = [self.layout_class.image(frame, size) for size in image_sizes]
+            numbers["num_image_tokens"] = [layout.num_placeholders(pruning) for layout in layouts]
+            numbers["num_image_patches"] = [1] * len(layouts)  # all views of an image are one entry of `pixel_values`
+        if video_sizes is not None:
+            frame = self._frame_size(self.video_processor.crop_size["height"])
+            layouts = [self.layout_class.video(frame, size[0], pruning) for size in video_sizes]
+            numbers["num_video_tokens"] = [layout.num_placeholders(pruning) for layout in layouts]
+        return MultiModalData(**numbers)
+
+    def _read_images(self, images, kwargs, fetch) -> list:
+        options = {**kwargs, **kwargs.get("images_kwargs", {})}
+        if hasattr(self.image_processor, "image_grid_pinpoints") and options.get("crop_size") is None:
+            check_pinpoints(self.image_processor.image_grid_pinpoints, self.image_processor.crop_size["height"])
+        return read_images(images, self.image_processor, kwargs, fetch)
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Refuses texts that do not have one placeholder for each medium; see `check_prompts`."""
+        if images is None and text is None and videos is None:
+            raise ValueError(f"{type(self).__name__} was given nothing; pass text, images or videos.")
+        if text is not None:
+            media = {"image": images, "video": videos}
+            check_prompts(text, {kind: (token, media[kind]) for kind, token in self.placeholders.items()})
+
+    def _process(self, images, text, videos, kwargs) -> BatchFeature:
+        if not TRANSFORMERS_4:
+            return super().__call__(images=images, text=text, videos=videos, **kwargs)
+        # transformers 4.57 sizes all videos of a call by the first one and has no hook for the count of one medium, so
+        # here are the steps of 5.x.
+        merged = self._merge_kwargs(PrunedProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        image_inputs = {} if images is None else self.image_processor(images, **merged["images_kwargs"])
+        video_inputs = {} if videos is None else self.video_processor(videos, **merged["videos_kwargs"])
+        metadata = video_inputs.pop("video_metadata", None)
+        text_inputs = {}
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        if text is not None:
+            of_kind = {
+                "image": (self.replace_image_token, image_inputs),
+                "video": (self.replace_video_token, video_inputs),
+            }
+            media = {token: of_kind[kind] for kind, token in self.placeholders.items()}
+            seen = {token: itertools.count() for token in media}
+
+            def placeholders(match):
+                replace, inputs = media[match.group()]
+                return replace(inputs, next(seen[match.group()]))
+
+            either_token = "|".join(map(re.escape, media))
+            text = [re.sub(either_token, placeholders, sample) for sample in text]
+            text_inputs = self.tokenizer(text, **merged["text_kwargs"])
+            self._check_special_mm_tokens(text, text_inputs, modalities=list(self.placeholders))
+        outputs = BatchFeature({**text_inputs, **image_inputs, **video_inputs}, tensor_type=return_tensors)
+        if merged["videos_kwargs"].get("return_metadata"):
+            outputs["video_metadata"] = metadata
+        return outputs
