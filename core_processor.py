@@ -294,6 +294,10 @@ class PrunedProcessorMixin:
 
     def _process(self, images, text, videos, kwargs) -> BatchFeature:
         if not TRANSFORMERS_4:
+            # Some stock classes return lists by default, and some of them mix both.
+            given = (kwargs, *(kwargs.get(name, {}) for name in ("common_kwargs", "text_kwargs")))
+            if not any("return_tensors" in options for options in given):
+                kwargs = {**kwargs, "return_tensors": "pt"}
             return super().__call__(images=images, text=text, videos=videos, **kwargs)
         # transformers 4.57 sizes all videos of a call by the first one and has no hook for the count of one medium, so
         # here are the steps of 5.x.

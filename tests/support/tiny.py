@@ -110,12 +110,16 @@ def tiny_config(cls=None, **kwargs):
         eos_token_id=2,
         max_position_embeddings=2048,
     )
-    return (cls or ReDiPruneConfig)(
+    cls = cls or ReDiPruneConfig
+    of_type = cls.base_model_type if hasattr(cls, "base_model_type") else cls.model_type
+    if "video" in of_type:
+        kwargs["video_token_index"] = SPECIALS.index("<video>")
+    if "next" in of_type:
+        kwargs["image_grid_pinpoints"] = PINPOINTS
+    return cls(
         vision_config=vision,
         text_config=kwargs.pop("text_config", text),
         image_token_index=SPECIALS.index("<image>"),
-        video_token_index=SPECIALS.index("<video>"),
-        image_grid_pinpoints=PINPOINTS,
         **kwargs,
     )
 
@@ -161,14 +165,14 @@ def save_stock_checkpoint(folder, seed=0):
 
 
 def public_name(name):
-    """A tensor's name in the public LLaVA-NeXT-Video checkpoints, from its name in the module tree."""
+    """A tensor's name in the public checkpoints of the LLaVA family, from its name in the module tree."""
     part, _, rest = name.removeprefix("model.").partition(".")
     if part == "lm_head":
         return f"language_model.lm_head.{rest}"
     if part == "language_model":
         return f"language_model.model.{rest}"
-    if part == "vision_tower":
-        return f"vision_tower.vision_model.{rest.removeprefix('vision_model.')}"
+    if part.endswith("_tower"):
+        return f"{part}.vision_model.{rest.removeprefix('vision_model.')}"
     return f"{part}.{rest}".rstrip(".")
 
 

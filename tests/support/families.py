@@ -1,0 +1,179 @@
+"""Every backbone as a small random model beside its stock class: one list for all checks (`tests/model/test_families.py`)."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+import transformers
+from rediprune import configuration_rediprune as configuration
+from rediprune import modeling_rediprune_llava as modeling
+from rediprune import processing_rediprune as processing
+from safetensors.torch import save_file
+from tiny import (
+    CHAT_TEMPLATE,
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    PINPOINTS,
+    public_name,
+    random_image,
+    random_video,
+    tiny_config,
+    tiny_tokenizer,
+)
+
+FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Attributes:
+        name: the stock `model_type`.
+        kinds: the media that it takes.
+    """
+
+    name: str
+    kinds: tuple
+
+    @property
+    def config_class(self):
+        return configuration.CONFIGS[self.name]
+
+    @property
+    def model_class(self):
+        return getattr(modeling, self.config_class.model_class)
+
+    @property
+    def processor_class(self):
+        return getattr(processing, self.config_class.processor_class)
+
+    @property
+    def stock_config_class(self):
+        return next(cls for cls in self.config_class.__mro__ if cls.__module__.startswith("transformers."))
+
+    @property
+    def stock_model_class(self):
+        return next(cls for cls in self.model_class.__mro__ if cls.__module__.startswith("transformers."))
+
+    @property
+    def stock_processor_class(self):
+        return next(cls for cls in self.processor_class.__mro__ if cls.__module__.startswith("transformers."))
+
+    # -- builders
+
+    def config(self, cls=None, **kwargs):
+        return tiny_config(cls or self.config_class, **kwargs)
+
+    def model(self, seed=0, **pruning):
+        """A random model with weights large enough that its tokens differ and its logits are not flat."""
+        torch.manual_seed(seed)
+        model = self.model_class(self.config(pruning=pruning)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(8)
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+        return model
+
+    def stock_twin(self, model):
+        """The stock class with the same weights."""
+        twin = self.stock_model_class(self.config(self.stock_config_class)).eval()
+        twin.load_state_dict(model.state_dict())
+        twin.generation_config = model.generation_config
+        return twin
+
+    def processor(self, cls=None, **pruning):
+        size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        parts = {"tokenizer": tiny_tokenizer(), "image_processor": self._image_processor(size)}
+        if "video" in self.kinds:
+            parts["video_processor"] = self._video_processor(size)
+        options = {"pruning": pruning} if cls is None else {}
+        return (cls or self.processor_class)(
+            **parts,
+            chat_template=CHAT_TEMPLATE,
+            patch_size=PATCH_SIZE,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            **options,
+        )
+
+    def stock_processor(self):
+        """The stock class around the same parts; 4.57 takes a tokenizer of Llama's class alone."""
+        stock = self.stock_processor_class
+        return self.processor(type(stock.__name__, (stock,), {"tokenizer_class": "AutoTokenizer"}))
+
+    def _image_processor(self, size):
+        if self.name.startswith("llava_next"):
+            return transformers.LlavaNextImageProcessor(
+                size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=PINPOINTS
+            )
+        cls = transformers.VideoLlavaImageProcessor if self.name == "video_llava" else transformers.CLIPImageProcessor
+        return cls(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+
+    def _video_processor(self, size):
+        cls = transformers.LlavaNextVideoVideoProcessor
+        if self.name == "video_llava":
+            cls = transformers.VideoLlavaVideoProcessor
+        return cls(size=size, crop_size=size, do_center_crop=True, do_sample_frames=True, num_frames=FRAMES)
+
+    def save_stock_checkpoint(self, folder, seed=0):
+        """A stock checkpoint with random weights, named as in the public ones, whichever transformers writes it."""
+        model = self.stock_twin(self.model(seed))
+        model.generation_config.max_new_tokens = 4
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        self.stock_processor().save_pretrained(folder)
+        weights = {public_name(name): weight.clone() for name, weight in model.state_dict().items()}
+        save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+        return folder
+
+    # -- prompts
+
+    def prompts(self):
+        """(text, media) of prompts with every kind of media that the family takes, of several shapes."""
+        prompts = [("USER : <image> what colour is the star ?", {"images": [random_image(0)]})]
+        prompts.append(("<image> left <image> where", {"images": [random_image(1), random_image(2, (60, 20))]}))
+        if "video" in self.kinds:
+            prompts.append(("USER : <video> which way does it move ?", {"videos": [random_video(3)]}))
+            media = {"images": [random_image(4)], "videos": [random_video(5)]}
+            prompts.append(("red <video> blue <image> how many", media))
+        return prompts
+
+    def inputs(self, processor, index, **kwargs):
+        text, media = self.prompts()[index]
+        return processor(text=text, **media, **kwargs)
+
+    def batch(self, processor, **kwargs):
+        """All prompts in one batch, padded on the left, as the tokenizer says."""
+        prompts = self.prompts()
+        media = {"images": [], "videos": []}
+        for _, of_row in prompts:
+            for kind, items in of_row.items():
+                media[kind] += items
+        media = {kind: items for kind, items in media.items() if items}
+        return processor(text=[text for text, _ in prompts], **media, padding=True, **kwargs)
+
+
+FAMILIES = [
+    Family("llava", ("image",)),
+    Family("llava_next", ("image",)),
+    Family("llava_next_video", ("image", "video")),
+    Family("video_llava", ("image", "video")),
+]
+
+
+def row_of(batch, row):
+    """The ids of one row of a batch without its padding, (1, T)."""
+    return batch["input_ids"][row][batch["attention_mask"][row].bool()][None]
+
+
+def placed(inputs):
+    """The inputs with the positions that `generate` gives to padded rows."""
+    return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+
+
+def stock_inputs(family, inputs):
+    """The inputs without what only this repository's models take."""
+    names = inspect.signature(family.stock_model_class.forward).parameters
+    return {name: values for name, values in inputs.items() if name in names}
