@@ -1,16 +1,14 @@
 """Configuration: what can be set, checked when it is set."""
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Callable, Optional
+import difflib
+from typing import TYPE_CHECKING, Optional
 
 from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, VideoLlavaConfig
 
 from .hub_files import code_in_place
 from .hub_untrusted import names_folder, resolve_folder
 from .methods_registry import METHODS
-from .ops_query import QUERY_WEIGHTINGS
-from .ops_relevance import RELEVANCES
-from .ops_selection import CANDIDATE_POOLS, LARGEST_WEIGHT
+from .methods_settings import collect_settings, is_whole, shown
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
@@ -22,10 +20,12 @@ if TYPE_CHECKING:
     from .methods_distance import ReDiPrune  # noqa: F401
     from .methods_encoder import EvoPrune  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
+    from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
+    from .ops_relevance import RELEVANCES  # noqa: F401
+    from .ops_selection import CANDIDATE_POOLS  # noqa: F401
     from .ops_tokens import MIN_NORM  # noqa: F401
 
 LINK_KEYS = ("weights_from", "weights_revision")
-SCOPES = ("frame", "video", "medium")
 MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
 
 
@@ -36,23 +36,6 @@ def _resolve_tower(block, variant):
     return {**block, "text_tower": resolve_folder("text_tower", block["text_tower"], variant)}
 
 
-def _plain(value):
-    """A scalar of numpy or torch as the Python number that it holds; every other value as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
-
-
-def _shown(value) -> str:
-    """A value for a message, cut where it is long; Python refuses to write out integers of thousands of digits."""
-    if isinstance(value, int) and value.bit_length() > 1000:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _are_sizes(value) -> bool:
     """Whether a value is a list of at least one [height, width]."""
     is_list = lambda values: isinstance(values, (list, tuple)) and len(values) > 0  # noqa: E731
@@ -60,38 +43,15 @@ def _are_sizes(value) -> bool:
 
 
 def _is_positive(value) -> bool:
-    return _is_whole(value) and value > 0
+    return is_whole(value) and value > 0
 
 
-def _setting(
-    default, accepts: Callable[[Any], bool], expected: str, convert: Callable[[Any], Any] = lambda value: value
-):
-    """A key of the block; `None` is accepted, too, where it is the default: then the method decides."""
-    return field(default=default, metadata={"accepts": accepts, "expected": expected, "convert": convert})
-
-
-def _number(default: Optional[float], accepts: Callable[[float], bool], expected: str):
-    """A number, kept as a `float`."""
-    is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)  # noqa: E731
-    return _setting(default, lambda value: is_number(value) and accepts(value), expected, float)
-
-
-def _integer(default: Optional[int], least: int):
-    """An integer that a tensor can hold."""
-    accepts = lambda value: _is_whole(value) and least <= value < 2**31  # noqa: E731
-    return _setting(default, accepts, f"an integer of at least {least} and below 2**31")
-
-
-def _choice(default: Optional[str], names):
-    """One of `names`."""
-    accepts = lambda value: isinstance(value, str) and value in names  # noqa: E731
-    return _setting(default, accepts, f"one of {', '.join(map(repr, names))}")
-
-
-@dataclass
 class PruningConfig:
     """
     The `pruning` block of `config.json`: the only home of the pruning parameters.
+
+    Its keys are `method`, those below, which several methods share, and the parameters of each method, which its class
+    declares, checks and documents in `methods_*.py` (docs/methods.md has a table of all).
 
     Every value is checked when it is set, in the constructor and by attribute. Scalars of numpy and torch are taken as the
     numbers that they hold, and numbers that need not be whole are kept as `float`.
@@ -109,8 +69,6 @@ class PruningConfig:
         text_tower (`str`, *optional*): the CLIP checkpoint that the vision tower was made from, a Hub id (`"id@revision"` to
             pin it) or a folder (absolute, or relative to the variant's and beginning with `.`). With it `"cdpruner"` and
             `"trim"` compare as their papers do; its weights are loaded when they are needed and not saved with the model.
-        words (`str`, *optional*): which tokens of the question `"mmtok"` covers. `"content"` = those of its content words, which
-            the processor finds (`content_words`); `"all"` = all of the text. With the relevance `"attention"` it is always all.
         distance (`str`, *optional*): what max-min diversity is measured in, `"features"` of the vision tower or
             `"projected"` tokens. Used by the ReDiPrune methods and `"divprune"`.
         time_weight (`float`, *optional*): what the whole length of a video adds to that distance, in [0, 1e6].
@@ -118,111 +76,62 @@ class PruningConfig:
             tokens that it stands for.
         merging (`float`, *optional*): how far a kept token's features move to the mean of all tokens that it stands for, in
             [0, 1].
-        alpha (`float`, defaults to 0.5): weight of the relevance beside the diversity (paper, §3.4), in [-1e6, 1e6].
-        threshold (`float`, defaults to 0.0): the tau of Algorithm 1, a cosine. Used by the candidate pools
-            `"algorithm1"` and `"released"`; at most 0 filters nothing.
-        candidate_pool (`str`, defaults to `"all"`): `"all"` = every token is a candidate; `"algorithm1"` = the paper's
-            Algorithm 1 to the letter; `"released"` = what the authors' code does.
-        max_candidates (`int`, *optional*): the cap M of Algorithm 1; `None` = no cap. Used by `"algorithm1"`.
         query_weighting (`str`, defaults to `"exponential"`): how text embeddings become one query vector (paper,
             Table 4); `"none"` drops the text, so that diversity alone decides.
         query_max_tokens (`int`, defaults to 128): at most so many tokens of the text after the last placeholder.
-        encoder_keep_ratio (`float`, defaults to 0.5): share of the patches that the vision encoder leaves, in (0, 1]. Used by
-            `"evoprune_rediprune"`, which then selects among them.
         pooling (`str`, defaults to `"before"`): `"before"` = the checkpoint's own 2x2 video pooling, then prune;
             `"skip"` = prune the unpooled tokens of each frame and do not pool.
         positions (`str`, *optional*): `"compact"` = the pruned prompt is numbered 0..n-1, as in the paper; `"original"` =
             every token keeps the position that it has in the unpruned prompt.
-        seed (`int`, defaults to 0): seed of the method `"random"`.
 
-    For `scope`, `relevance`, `words`, `distance`, `time_weight`, `proportional_attention`, `merging` and `positions`, `None` (the
-    default) is what the paper of the method has; `resolved` looks it up.
+    Of a key that may be `None` (the default of all that are *optional*, but for `text_tower` and `max_candidates`), `None` is
+    what the paper of the method has; `resolved` looks it up.
 
     Raises:
         ValueError: unknown key, or a value out of range; the message names key, value and allowed range.
     """
 
-    method: str = _choice("rediprune", tuple(METHODS))
-    keep_ratio: float = _number(0.15, lambda value: 0 < value <= 1, "a number in (0, 1]")
-    scope: Optional[str] = _choice(None, SCOPES)
-    relevance: Optional[str] = _choice(None, RELEVANCES)
-    relevance_layer: int = _integer(1, 0)
-    text_tower: Optional[str] = _setting(
-        None,
-        lambda value: isinstance(value, str) and bool(value.strip()),
-        "the Hub id or folder of a CLIP checkpoint",
-    )
-    words: Optional[str] = _choice(None, ("all", "content"))
-    distance: Optional[str] = _choice(None, ("features", "projected"))
-    time_weight: Optional[float] = _number(
-        None, lambda value: 0 <= value <= LARGEST_WEIGHT, f"a number in [0, {LARGEST_WEIGHT}]"
-    )
-    proportional_attention: Optional[bool] = _setting(None, lambda value: isinstance(value, bool), "true or false")
-    merging: Optional[float] = _number(None, lambda value: 0 <= value <= 1, "a number in [0, 1]")
-    alpha: float = _number(
-        0.5,
-        lambda value: -LARGEST_WEIGHT <= value <= LARGEST_WEIGHT,
-        f"a number in [{-LARGEST_WEIGHT}, {LARGEST_WEIGHT}] (0 leaves diversity alone)",
-    )
-    threshold: float = _number(0.0, lambda value: -1 <= value <= 1, "a cosine in [-1, 1]")
-    candidate_pool: str = _choice("all", CANDIDATE_POOLS)
-    max_candidates: Optional[int] = _integer(None, 1)
-    query_weighting: str = _choice("exponential", QUERY_WEIGHTINGS + ("none",))
-    query_max_tokens: int = _integer(128, 1)
-    encoder_keep_ratio: float = _number(0.5, lambda value: 0 < value <= 1, "a number in (0, 1]")
-    pooling: str = _choice("before", ("before", "skip"))
-    positions: Optional[str] = _choice(None, ("compact", "original"))
-    seed: int = _setting(0, lambda value: _is_whole(value) and value >= 0, "a non-negative integer")
-
-    def __post_init__(self):
-        self._check_together(vars(self))
+    def __init__(self, **values):
+        settings = self.settings()
+        self._check_keys(values)
+        checked = {key: setting.checked(key, values.get(key, setting.default)) for key, setting in settings.items()}
+        self._check_together(checked)
+        vars(self).update(checked)
 
     def __setattr__(self, key, value):
         self._check_keys([key])
-        value = self._checked(key, _plain(value), self.__dataclass_fields__[key])
-        if len(vars(self)) == len(self.__dataclass_fields__):  # the constructor checks when all are set
-            self._check_together({**vars(self), key: value})
+        value = self.settings()[key].checked(key, value)
+        self._check_together({**vars(self), key: value})
         super().__setattr__(key, value)
 
+    def __eq__(self, other):
+        return vars(self) == vars(other) if type(other) is type(self) else NotImplemented
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
+
     @staticmethod
-    def _checked(key, value, setting):
-        """The value of a key as it is kept, or ValueError."""
-        rule, may_be_open = setting.metadata, setting.default is None
-        if value is None and may_be_open:
-            return value
-        if not rule["accepts"](value):
-            expected = rule["expected"] + (", or None" if may_be_open else "")
-            raise ValueError(f"pruning key {key!r} is {_shown(value)}, but must be {expected}")
-        return rule["convert"](value)
+    def settings() -> dict:
+        """The [`Setting`] of every key."""
+        return collect_settings(METHODS)
+
+    @classmethod
+    def _check_keys(cls, keys):
+        allowed = cls.settings()
+        for key in keys:
+            if key not in allowed:
+                close = difflib.get_close_matches(str(key), allowed, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown pruning key {key!r}; allowed keys: {', '.join(allowed)}{hint}")
 
     @staticmethod
     def _check_together(values: dict):
-        pool, threshold, max_candidates = (values[key] for key in ("candidate_pool", "threshold", "max_candidates"))
-        if pool == "all" and threshold > 0:
-            raise ValueError(
-                f"pruning key threshold={threshold!r} chooses among candidates, but candidate_pool='all' takes every "
-                "token; set candidate_pool to 'algorithm1' or 'released' first"
-            )
-        if pool != "algorithm1" and max_candidates is not None:
-            raise ValueError(
-                f"pruning key max_candidates={max_candidates!r} caps the candidates of Algorithm 1, but candidate_pool="
-                f"{pool!r} has no cap; set candidate_pool to 'algorithm1' first"
-            )
-        if pool != "all" and values["query_weighting"] == "none":
-            raise ValueError(
-                f"pruning key candidate_pool={pool!r} ranks tokens by their relevance to the question, but "
-                "query_weighting='none' drops the question; set one of them to its default first"
-            )
-
+        for method in METHODS.values():
+            method.check(values)
         if values["relevance"] == "clip" and values["text_tower"] is None:
             raise ValueError(
                 "pruning key 'relevance' is 'clip', but text_tower is None; set text_tower to a CLIP checkpoint, such as "
                 "'openai/clip-vit-large-patch14-336', or choose another relevance"
-            )
-        if values["words"] == "content" and values["relevance"] == "attention":
-            raise ValueError(
-                "pruning key words is 'content', which looks words up one by one, but relevance='attention' reads the whole "
-                "question; set words to 'all', or choose another relevance"
             )
         if METHODS[values["method"]].merges_in_encoder:
             for key in ("scope", "proportional_attention", "merging"):
@@ -233,17 +142,10 @@ class PruningConfig:
                     )
 
     @classmethod
-    def _check_keys(cls, keys):
-        allowed = cls.__dataclass_fields__
-        for key in keys:
-            if key not in allowed:
-                raise ValueError(f"unknown pruning key {key!r}; allowed keys: {', '.join(allowed)}")
-
-    @classmethod
     def from_value(cls, value) -> "PruningConfig":
         """A block from `None` (the defaults), a dictionary (merged over the defaults) or another block (copied)."""
         if isinstance(value, PruningConfig):
-            return replace(value)
+            return cls(**value.to_dict())
         if value is None:
             return cls()
         if not isinstance(value, dict):
@@ -255,7 +157,7 @@ class PruningConfig:
 
     def with_keep_ratio(self, keep_ratio: Optional[float]) -> "PruningConfig":
         """This block with another keep ratio; itself when `keep_ratio` is `None`."""
-        return self if keep_ratio is None else replace(self, keep_ratio=keep_ratio)
+        return self if keep_ratio is None else type(self)(**{**vars(self), "keep_ratio": keep_ratio})
 
     @property
     def prunes(self) -> bool:
@@ -292,7 +194,7 @@ class PruningConfig:
         return METHODS[self.method].count(num_tokens, self) if self.prunes and num_tokens else num_tokens
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        return dict(vars(self))
 
 
 class PrunedConfigMixin:
@@ -333,11 +235,11 @@ class PrunedConfigMixin:
             raise ValueError(f"config key {key!r} is {value!r}, but must be {expected}, or None for weights of its own")
         if key == "spatial_pool_stride" and not _is_positive(value):
             raise ValueError(
-                f"config key {key!r} is {_shown(value)}, but must be a positive integer: how many tokens become one"
+                f"config key {key!r} is {shown(value)}, but must be a positive integer: how many tokens become one"
             )
         if key == "image_grid_pinpoints" and value is not None and not _are_sizes(value):
             raise ValueError(
-                f"config key {key!r} is {_shown(value)}, but must be a list of sizes [height, width] in pixels, multiples of the "
+                f"config key {key!r} is {shown(value)}, but must be a list of sizes [height, width] in pixels, multiples of the "
                 "side of a tile, such as [[336, 672], [672, 336]]"
             )
         if key == "pruning":

@@ -62,6 +62,8 @@ class Method:
 
     Attributes:
         needs: the fields of `VisualTokens`, beside the features, that must be there.
+        parameters: the keys of the pruning block that are this method's own, each with its `Setting` and, below it, its line in
+            the docstring of the class.
         relevance_with_tower: `relevance` where the configuration names a `text_tower`; `None` = the same.
 
     The others are keys of the pruning block, with the values that they have for this method where the configuration leaves
@@ -69,6 +71,7 @@ class Method:
     """
 
     needs = frozenset()
+    parameters = {}
 
     relevance = "pooled"
     relevance_with_tower = None
@@ -79,6 +82,14 @@ class Method:
     proportional_attention = False
     merging = 0.0
     positions = "compact"
+
+    def check(self, values: dict) -> None:
+        """
+        Raises ValueError where values of this method's parameters exclude others. Asked of every method, whichever is set.
+
+        Args:
+            values: all keys of the pruning block, each allowed by itself.
+        """
 
     def count(self, num_tokens: int, pruning) -> int:
         """Tokens that stay of a set of `num_tokens`. The processor and the model both ask here."""

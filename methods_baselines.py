@@ -1,14 +1,21 @@
 """The controls of every comparison: tokens at random, evenly spaced tokens, all tokens."""
 
 from .methods_base import Method
+from .methods_settings import Setting, is_whole
 from .ops_selection import select_random, select_uniform
 from .ops_tokens import check_finite
 
 
 class Random(Method):
-    """A uniform draw without replacement, seeded for each set."""
+    """
+    A uniform draw without replacement, seeded for each set.
+
+    Parameters:
+        seed (`int`, defaults to 0): not negative.
+    """
 
     needs = frozenset({"seeds"})
+    parameters = {"seed": Setting(0, lambda value: is_whole(value) and value >= 0, "a non-negative integer")}
 
     def select(self, tokens, num_kept, pruning):
         check_finite("features", tokens.features)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .methods_base import Method
+from .methods_settings import choice
 from .ops_tokens import MIN_NORM, check_finite, first_largest, in_double
 
 VISION_TEMPERATURE = 0.2
@@ -28,10 +29,22 @@ class MMTok(Method):
 
     A word is compared with the tokens in the language model's embedding space, a token with the others by its features. The
     words are those that say what the question is about (`content_words`), as in the authors' code.
+
+    Parameters:
+        words (`str`, *optional*): which tokens of the question are covered. `"content"` = those of its content words, which the
+            processor finds; `"all"` = all of the text. `None` = `"content"`. With the relevance `"attention"` it is always all.
     """
 
     needs = frozenset({"text_rows"})
+    parameters = {"words": choice(None, ("all", "content"))}
     words = "content"
+
+    def check(self, values):
+        if values["words"] == "content" and values["relevance"] == "attention":
+            raise ValueError(
+                "pruning key words is 'content', which looks words up one by one, but relevance='attention' reads the whole "
+                "question; set words to 'all', or choose another relevance"
+            )
 
     def select(self, tokens, num_kept, pruning):
         rows = (cosines(tokens.features) / VISION_TEMPERATURE).softmax(-1)

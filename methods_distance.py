@@ -1,13 +1,53 @@
 """ReDiPrune, rediprune_plus and DivPrune: max-min diversity, with or without the question."""
 
 from .methods_base import Method
-from .ops_selection import select_rediprune
+from .methods_settings import choice, integer, number
+from .ops_selection import CANDIDATE_POOLS, LARGEST_WEIGHT, select_rediprune
 
 
 class ReDiPrune(Method):
-    """Relevance plus max-min diversity, greedily (arXiv 2603.24680, Sec. 3 and Algorithm 1)."""
+    """
+    Relevance plus max-min diversity, greedily (arXiv 2603.24680, Sec. 3 and Algorithm 1).
+
+    Parameters:
+        alpha (`float`, defaults to 0.5): weight of the relevance beside the diversity (paper, §3.4), in [-1e6, 1e6].
+        threshold (`float`, defaults to 0.0): the tau of Algorithm 1, a cosine. Used by the candidate pools
+            `"algorithm1"` and `"released"`; at most 0 filters nothing.
+        candidate_pool (`str`, defaults to `"all"`): `"all"` = every token is a candidate; `"algorithm1"` = the paper's
+            Algorithm 1 to the letter; `"released"` = what the authors' code does.
+        max_candidates (`int`, *optional*): the cap M of Algorithm 1; `None` = no cap. Used by `"algorithm1"`.
+    """
 
     needs = frozenset({"relevance", "compared", "times"})
+    parameters = {
+        "alpha": number(
+            0.5,
+            -LARGEST_WEIGHT,
+            LARGEST_WEIGHT,
+            f"a number in [{-LARGEST_WEIGHT}, {LARGEST_WEIGHT}] (0 leaves diversity alone)",
+        ),
+        "threshold": number(0.0, -1, 1, "a cosine in [-1, 1]"),
+        "candidate_pool": choice("all", CANDIDATE_POOLS),
+        "max_candidates": integer(None, 1),
+    }
+
+    def check(self, values):
+        pool, threshold, max_candidates = (values[key] for key in ("candidate_pool", "threshold", "max_candidates"))
+        if pool == "all" and threshold > 0:
+            raise ValueError(
+                f"pruning key threshold={threshold!r} chooses among candidates, but candidate_pool='all' takes every "
+                "token; set candidate_pool to 'algorithm1' or 'released' first"
+            )
+        if pool != "algorithm1" and max_candidates is not None:
+            raise ValueError(
+                f"pruning key max_candidates={max_candidates!r} caps the candidates of Algorithm 1, but candidate_pool="
+                f"{pool!r} has no cap; set candidate_pool to 'algorithm1' first"
+            )
+        if pool != "all" and values["query_weighting"] == "none":
+            raise ValueError(
+                f"pruning key candidate_pool={pool!r} ranks tokens by their relevance to the question, but "
+                "query_weighting='none' drops the question; set one of them to its default first"
+            )
 
     def select(self, tokens, num_kept, pruning):
         return select_rediprune(

@@ -2,6 +2,7 @@
 
 from .methods_base import Method
 from .methods_distance import ReDiPrune
+from .methods_settings import share
 from .ops_selection import count_kept
 
 
@@ -13,7 +14,14 @@ class EvoPrune(Method):
 
 
 class EvoPruneReDiPrune(ReDiPrune):
-    """EvoPrune (reconstruction) down to the share `encoder_keep_ratio` of the patches, then ReDiPrune on what is left."""
+    """
+    EvoPrune (reconstruction) down to the share `encoder_keep_ratio` of the patches, then ReDiPrune on what is left.
+
+    Parameters, beside those of `ReDiPrune`:
+        encoder_keep_ratio (`float`, defaults to 0.5): share of the patches that the vision encoder leaves, in (0, 1].
+    """
+
+    parameters = {**ReDiPrune.parameters, "encoder_keep_ratio": share(0.5)}
 
     def count_in_encoder(self, num_patches, num_kept, pruning):
         return max(num_kept, count_kept(num_patches, pruning.encoder_keep_ratio))

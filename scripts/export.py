@@ -26,7 +26,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 
 from export_base import (
@@ -74,13 +73,14 @@ def parse_arguments(arguments=None):
     parser.add_argument("--dry-run", action="store_true", help="list what would be written, and write nothing")
     parser.add_argument("--no-check", action="store_true", help="do not load the result and compare it with the base")
     group = parser.add_argument_group("pruning", "keys of config.json's pruning block")
-    for setting in fields(configuration.PruningConfig):
+    settings = configuration.PruningConfig.settings()
+    for key, setting in settings.items():
         group.add_argument(
-            f"--{setting.name.replace('_', '-')}",
+            f"--{key.replace('_', '-')}",
             type=json_or_string,
             default=argparse.SUPPRESS,
             metavar="VALUE",
-            help=f"{setting.metadata['expected']} (default: {setting.default})",
+            help=f"{setting.expected} (default: {setting.default})",
         )
     args = parser.parse_args(arguments)
     if args.output is None and args.push_to_hub is None:
@@ -91,7 +91,7 @@ def parse_arguments(arguments=None):
         )
     if args.push_to_hub is None and (args.private or args.revision or args.commit_message):
         parser.error("--private, --revision and --commit-message belong to --push-to-hub")
-    args.pruning = {s.name: getattr(args, s.name) for s in fields(configuration.PruningConfig) if hasattr(args, s.name)}
+    args.pruning = {key: getattr(args, key) for key in settings if hasattr(args, key)}
     return args
 
 

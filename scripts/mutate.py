@@ -53,7 +53,7 @@ TESTS = {
     "core_cache.py": ("test_cache.py", "test_generation.py", "test_prefill_chunks.py"),
     "inputs_chat.py": ("test_chat.py", "test_processing.py", "test_pipelines.py"),
     "vision_clip.py": ("test_evoprune.py", "test_modeling.py", *METHOD_TESTS, "test_threads.py"),
-    "configuration_rediprune.py": ("test_configuration.py", "test_loading.py", "test_rediprune_plus.py", "test_joint_space.py"),
+    "configuration_rediprune.py": ("test_configuration.py", "test_settings.py", "test_loading.py", "test_rediprune_plus.py", "test_joint_space.py"),
     "inputs_download.py": ("test_download.py",),
     "core_layout.py": ("test_processing.py", "test_modeling.py", "test_true_size.py", "test_refusals.py"),
     "vision_joint_space.py": ("test_joint_space.py", "test_untrusted.py"),
@@ -67,6 +67,7 @@ TESTS = {
     "methods_attention.py": METHOD_TESTS,
     "methods_distance.py": ("test_rediprune_plus.py", *METHOD_TESTS),
     "methods_registry.py": METHOD_TESTS,
+    "methods_settings.py": ("test_settings.py", "test_configuration.py"),
     "modeling_rediprune_llava.py": (
         *MODEL_TESTS, "test_evoprune.py", "test_methods_in_model.py", "test_rediprune_plus.py", "test_prefill_chunks.py",
         "test_joint_space.py", "test_words.py", "test_relevance.py", "test_loading.py", "test_linked.py", "test_export.py",
