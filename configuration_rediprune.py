@@ -61,7 +61,7 @@ class PruningConfig:
         keep_ratio (`float`, defaults to 0.15): share of the visual tokens that stay, in (0, 1]. A set of `n` tokens
             keeps `count_kept(n, keep_ratio)`; 1 is the stock model.
         scope (`str`, *optional*): what shares a budget. `"frame"` = each frame and each image view by itself; `"video"` =
-            all frames of a video jointly, image views by themselves; `"medium"` = all tokens of a video or an image.
+            all frames of a video jointly, image views by themselves; `"item"` = all tokens of a video or an image.
         relevance (`str`, *optional*): the space in which tokens and question are compared, for the methods that look at the
             question. `"pooled"` = the ReDiPrune paper's; `"projected"` = the language model's input embeddings;
             `"attention"` = the query-key space of one of its first layers; `"clip"` = the joint space of `text_tower`.
@@ -74,13 +74,13 @@ class PruningConfig:
         time_weight (`float`, *optional*): what the whole length of a video adds to that distance, in [0, 1e6].
         proportional_attention (`bool`, *optional*): a kept token weighs in the language model's attention as much as all
             tokens that it stands for.
-        merging (`float`, *optional*): how far a kept token's features move to the mean of all tokens that it stands for, in
+        merge_weight (`float`, *optional*): how far a kept token's features move to the mean of all tokens that it stands for, in
             [0, 1].
         query_weighting (`str`, defaults to `"exponential"`): how text embeddings become one query vector (paper,
             Table 4); `"none"` drops the text, so that diversity alone decides.
         query_max_tokens (`int`, defaults to 128): at most so many tokens of the text after the last placeholder.
-        pooling (`str`, defaults to `"before"`): `"before"` = the checkpoint's own 2x2 video pooling, then prune;
-            `"skip"` = prune the unpooled tokens of each frame and do not pool.
+        video_pooling (`bool`, defaults to `True`): the tokens of a video are those that the checkpoint's own 2x2 pooling
+            leaves; else the unpooled ones of each frame.
         positions (`str`, *optional*): `"compact"` = the pruned prompt is numbered 0..n-1, as in the paper; `"original"` =
             every token keeps the position that it has in the unpruned prompt.
 
@@ -134,7 +134,7 @@ class PruningConfig:
                 "'openai/clip-vit-large-patch14-336', or choose another relevance"
             )
         if METHODS[values["method"]].merges_in_encoder:
-            for key in ("scope", "proportional_attention", "merging"):
+            for key in ("scope", "proportional_attention", "merge_weight"):
                 if values[key] not in (None, "frame", False, 0):
                     raise ValueError(
                         f"pruning key {key} is {values[key]!r}, but method={values['method']!r} merges tokens inside the vision "
@@ -172,19 +172,15 @@ class PruningConfig:
         return getattr(method, key) if value is None else value
 
     @property
-    def video_pooling(self):
-        return self.pooling == "before"
-
-    @property
     def reads_clip(self) -> bool:
         """Whether the question is read by a CLIP text tower, so that the processor has to give its token ids."""
-        reads = "relevance" in METHODS[self.method].needs and self.query_weighting != "none"
+        reads = "relevance" in METHODS[self.method].required_signals and self.query_weighting != "none"
         return self.prunes and reads and self.resolved("relevance") == "clip"
 
     @property
     def reads_words(self) -> bool:
         """Whether the question's content words are looked up, so that the processor has to give their token ids."""
-        reads = "text_rows" in METHODS[self.method].needs and self.query_weighting != "none"
+        reads = "text_affinity" in METHODS[self.method].required_signals and self.query_weighting != "none"
         return (
             self.prunes and reads and self.resolved("relevance") != "attention" and self.resolved("words") == "content"
         )

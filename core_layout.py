@@ -53,7 +53,7 @@ class Layout:
     def shares_budget(self, pruning) -> bool:
         """Whether all tokens are one set under `pruning` (a `PruningConfig`), instead of each frame or view."""
         scope = pruning.resolved("scope") if pruning.prunes else "frame"
-        return scope == "medium" or scope == "video" and self.kind == "video"
+        return scope == "item" or scope == "video" and self.kind == "video"
 
     def sets(self, pruning) -> list:
         """The sets that are pruned, each to its own count: (number of sets, tokens in each) of every grid, or one for all."""

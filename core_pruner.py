@@ -12,12 +12,12 @@ from .methods_base import VisualTokens
 from .methods_registry import METHODS
 from .ops_query import align_query, build_query, cosine_relevance
 from .ops_relevance import (
+    attention_affinity,
     attention_relevance,
-    attention_rows,
     clip_relevance,
     read_question,
-    stack_rows,
-    word_rows,
+    stack_affinity,
+    word_affinity,
 )
 from .ops_tokens import group_means, group_sizes, nearest_kept
 
@@ -50,7 +50,7 @@ class Pruner:
         weighs = self.pruning.prunes and self.pruning.resolved("proportional_attention")
         words = self._words(question)
         seeds = None
-        if "seeds" in self.method.needs:
+        if "seeds" in self.method.required_signals:
             seeds = seeds_of_sets(question, items, self.pruning)
         by_size, results = defaultdict(list), {}
         for item in items:
@@ -78,7 +78,7 @@ class Pruner:
 
     def _words(self, question: Question) -> list:
         """For each row the text that its tokens are compared with (T, H); `None` where the text is not used."""
-        reads = self.pruning.prunes and self.method.needs & {"relevance", "text_rows"}
+        reads = self.pruning.prunes and self.method.required_signals & {"relevance", "text_affinity"}
         if not reads or self.pruning.query_weighting == "none":
             return None
         words = question.embeds if question.words is None else question.words
@@ -101,7 +101,7 @@ class Pruner:
         kept = torch.arange(num_tokens, device=features.device).expand(num_sets, -1)
         token_sizes = torch.ones(kept.shape, device=features.device)
         if num_kept < num_tokens:
-            weighs, merge_weight = (self.pruning.resolved(key) for key in ("proportional_attention", "merging"))
+            weighs, merge_weight = (self.pruning.resolved(key) for key in ("proportional_attention", "merge_weight"))
             tokens = self._look(signals, words, rows, clip)
             features, kept = self.method.reduce(tokens, num_kept, self.pruning)
             if weighs or merge_weight:
@@ -125,13 +125,13 @@ class Pruner:
             rows: for each set the row of the batch that it belongs to.
             clip: for each row its question in CLIP's joint space (B, D), for the relevance `"clip"`.
         """
-        required, pruning = self.method.needs, self.pruning
+        required, pruning = self.method.required_signals, self.pruning
         relevance, distance = pruning.resolved("relevance"), pruning.resolved("distance")
         tokens = VisualTokens(**{name: _without_width(name, values) for name, values in signals.items()})
-        reads = required & {"relevance", "text_rows"} if words is not None else frozenset()
-        groups = pruning.resolved("proportional_attention") or pruning.resolved("merging")
+        reads = required & {"relevance", "text_affinity"} if words is not None else frozenset()
+        groups = pruning.resolved("proportional_attention") or pruning.resolved("merge_weight")
         compares_projected = ("compared" in required or groups) and distance == "projected"
-        reads_projected = reads and (relevance in ("projected", "attention") or "text_rows" in reads)
+        reads_projected = reads and (relevance in ("projected", "attention") or "text_affinity" in reads)
         if "projected" in required or compares_projected or reads_projected:
             tokens.projected = self.project(tokens.features)
         tokens.compared = tokens.projected if distance == "projected" else tokens.features
@@ -139,10 +139,10 @@ class Pruner:
             tokens.joint = self.place_tokens(tokens.features)
         if "relevance" in reads:
             tokens.relevance = self._relevance(tokens, words, rows, clip)
-        if "text_rows" in reads:
-            compare = self._attention_rows if relevance == "attention" else word_rows
+        if "text_affinity" in reads:
+            compare = self._attention_affinity if relevance == "attention" else word_affinity
             share = lambda text, projected: compare(text, projected) / len(text)  # noqa: E731
-            tokens.text_rows = affinity_by_question(share, words, tokens.projected, rows)
+            tokens.text_affinity = affinity_by_question(share, words, tokens.projected, rows)
         return tokens
 
     def _relevance(self, tokens: VisualTokens, words: list, rows: list, clip) -> torch.Tensor:
@@ -151,16 +151,16 @@ class Pruner:
         if relevance == "clip":
             return clip_relevance(tokens.joint, clip.to(tokens.joint.device)[rows])
         if relevance == "attention":
-            return attention_relevance(affinity_by_question(self._attention_rows, words, tokens.projected, rows))
+            return attention_relevance(affinity_by_question(self._attention_affinity, words, tokens.projected, rows))
         queries = torch.stack([build_query(text, self.pruning.query_weighting) for text in words])
         if relevance == "pooled":
             queries = align_query(queries, tokens.features.shape[-1])
         features = tokens.features if relevance == "pooled" else tokens.projected
         return cosine_relevance(features, queries.to(features.device)[rows])
 
-    def _attention_rows(self, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def _attention_affinity(self, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         layer = self.language_model.layers[self.pruning.relevance_layer]
-        return self.largest_of_heads(attention_rows(layer, words, tokens))
+        return self.largest_of_heads(attention_affinity(layer, words, tokens))
 
 
 def _without_width(name: str, values):
@@ -176,7 +176,7 @@ def affinity_by_question(compare, words: list, projected: torch.Tensor, rows: li
         tokens, start = projected[start:end], end
         text = words[row].to(tokens.device)
         parts.append(compare(text, tokens) if len(text) else tokens.new_zeros(len(tokens), 0, tokens.shape[1]).float())
-    return stack_rows(parts)
+    return stack_affinity(parts)
 
 
 def flat_indices(kept: list, sizes: list) -> torch.LongTensor:

@@ -29,7 +29,7 @@ class VisionZip(Method):
     has never seen it. The authors' code puts CLS first and the contextual tokens last.
     """
 
-    needs = frozenset({"cls_attention", "keys"})
+    required_signals = frozenset({"cls_attention", "keys"})
 
     def reduce(self, tokens, num_kept, pruning):
         check_finite("features", tokens.features)
@@ -80,7 +80,7 @@ class PruMerge(Method):
     of the attention. Tokens stand in raster order, the extra one where the last dropped token was.
     """
 
-    needs = frozenset({"last_cls_attention", "last_keys"})
+    required_signals = frozenset({"last_cls_attention", "last_keys"})
 
     def choose(self, attention, num_kept, pruning) -> torch.LongTensor:
         """Indices (N, num_kept) of the tokens that stay beside the extra one."""

@@ -14,7 +14,7 @@ class VisualTokens:
     """
     What a method may look at: N sets of L tokens. A set is a frame, an image view, or a whole medium.
 
-    Only the features are always there; the rest where the method's `needs` ask for it.
+    Only the features are always there; the rest where the method's `required_signals` ask for it.
 
     Attributes:
         features: (N, L, C) features of the tapped vision layer, any floating dtype; gradients flow to them.
@@ -22,7 +22,7 @@ class VisualTokens:
             `distance` says.
         times: (N, L) fp32 in [0, 1), the share of the video that lies before the token's frame; 0 in images.
         relevance: (N, L) fp32, how much each token has to do with the question; `None` when the text is not used.
-        text_rows: (N, T, L) fp32 or fp64, for each word of the question its share of attention to each token: a row adds up to
+        text_affinity: (N, T, L) fp32 or fp64, for each word of the question its share of attention to each token: a row adds up to
             1 / words, or is zero where the question has fewer than T words; `None` when the text is not used.
         projected: (N, L, H) the features after the projector.
         joint: (N, L, D) fp32, the features in CLIP's joint space, for the relevance `"clip"` alone.
@@ -37,7 +37,7 @@ class VisualTokens:
     compared: Optional[torch.Tensor] = None
     times: Optional[torch.Tensor] = None
     relevance: Optional[torch.Tensor] = None
-    text_rows: Optional[torch.Tensor] = None
+    text_affinity: Optional[torch.Tensor] = None
     projected: Optional[torch.Tensor] = None
     joint: Optional[torch.Tensor] = None
     cls_attention: Optional[torch.Tensor] = None
@@ -61,7 +61,7 @@ class Method:
     Base of the methods. One that selects defines `select`; one that makes new tokens of old ones defines `reduce`.
 
     Attributes:
-        needs: the fields of `VisualTokens`, beside the features, that must be there.
+        required_signals: the fields of `VisualTokens`, beside the features, that must be there.
         parameters: the keys of the pruning block that are this method's own, each with its `Setting` and, below it, its line in
             the docstring of the class.
         relevance_with_tower: `relevance` where the configuration names a `text_tower`; `None` = the same.
@@ -70,7 +70,7 @@ class Method:
     them open (`None`): those of its paper.
     """
 
-    needs = frozenset()
+    required_signals = frozenset()
     parameters = {}
 
     relevance = "pooled"
@@ -80,7 +80,7 @@ class Method:
     distance = "features"
     time_weight = 0.0
     proportional_attention = False
-    merging = 0.0
+    merge_weight = 0.0
     positions = "compact"
 
     def check(self, values: dict) -> None:

@@ -14,7 +14,7 @@ class Random(Method):
         seed (`int`, defaults to 0): not negative.
     """
 
-    needs = frozenset({"seeds"})
+    required_signals = frozenset({"seeds"})
     parameters = {"seed": Setting(0, lambda value: is_whole(value) and value >= 0, "a non-negative integer")}
 
     def select(self, tokens, num_kept, pruning):

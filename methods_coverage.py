@@ -16,7 +16,7 @@ SPENT_GAIN = 1e-12
 class Scope(Method):
     """Coverage of the set, weighted by the attention of CLS (SCOPE, arXiv 2510.24214)."""
 
-    needs = frozenset({"cls_attention"})
+    required_signals = frozenset({"cls_attention"})
 
     def select(self, tokens, num_kept, pruning):
         rows = cosines(tokens.features).clamp_min(0)
@@ -35,7 +35,7 @@ class MMTok(Method):
             processor finds; `"all"` = all of the text. `None` = `"content"`. With the relevance `"attention"` it is always all.
     """
 
-    needs = frozenset({"text_rows"})
+    required_signals = frozenset({"text_affinity"})
     parameters = {"words": choice(None, ("all", "content"))}
     words = "content"
 
@@ -49,8 +49,8 @@ class MMTok(Method):
     def select(self, tokens, num_kept, pruning):
         rows = (cosines(tokens.features) / VISION_TEMPERATURE).softmax(-1)
         rows = rows * VISION_WEIGHT / rows.shape[1]
-        if tokens.text_rows is not None:
-            rows = torch.cat([in_double(tokens.text_rows), rows], dim=1)
+        if tokens.text_affinity is not None:
+            rows = torch.cat([in_double(tokens.text_affinity), rows], dim=1)
         return select_coverage(rows, num_kept).to(tokens.features.device)
 
 

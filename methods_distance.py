@@ -18,7 +18,7 @@ class ReDiPrune(Method):
         max_candidates (`int`, *optional*): the cap M of Algorithm 1; `None` = no cap. Used by `"algorithm1"`.
     """
 
-    needs = frozenset({"relevance", "compared", "times"})
+    required_signals = frozenset({"relevance", "compared", "times"})
     parameters = {
         "alpha": number(
             0.5,
@@ -80,7 +80,7 @@ class ReDiPrunePlus(ReDiPrune):
     distance = "projected"
     time_weight = 0.25
     proportional_attention = True
-    merging = 0.3
+    merge_weight = 0.3
     positions = "original"
 
 
@@ -93,8 +93,8 @@ class DivPrune(Method):
     picked again, and at least one stays.
     """
 
-    needs = frozenset({"compared", "times"})
-    scope = "medium"
+    required_signals = frozenset({"compared", "times"})
+    scope = "item"
     distance = "projected"
 
     def select(self, tokens, num_kept, pruning):

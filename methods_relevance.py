@@ -26,7 +26,7 @@ class CDPruner(Method):
     The relevance is scaled to [0, 1] in each set by itself, where the authors' code scales over the whole batch.
     """
 
-    needs = frozenset({"projected", "relevance"})
+    required_signals = frozenset({"projected", "relevance"})
     relevance = "projected"
     relevance_with_tower = "clip"
 
@@ -95,7 +95,7 @@ class Trim(Method):
     is the most relevant one.
     """
 
-    needs = frozenset({"relevance"})
+    required_signals = frozenset({"relevance"})
     relevance = "projected"
     relevance_with_tower = "clip"
 

@@ -8,7 +8,7 @@ from .ops_relevance import RELEVANCES
 from .ops_selection import LARGEST_WEIGHT
 
 DEFAULT_METHOD = "rediprune"
-SCOPES = ("frame", "video", "medium")
+SCOPES = ("frame", "video", "item")
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ SHARED = {
     "distance": choice(None, ("features", "projected")),
     "time_weight": number(None, 0, LARGEST_WEIGHT),
     "proportional_attention": switch(None),
-    "merging": number(None, 0, 1),
+    "merge_weight": number(None, 0, 1),
     "query_weighting": choice("exponential", (*QUERY_WEIGHTINGS, "none")),
     "query_max_tokens": integer(128, 1),
-    "pooling": choice("before", ("before", "skip")),
+    "video_pooling": switch(True),
     "positions": choice(None, ("compact", "original")),
 }
 

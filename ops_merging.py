@@ -38,7 +38,7 @@ def merging_schedule(num_tokens: int, num_kept: int, num_layers: int) -> dict:
     return {stride * step: count for step, count in enumerate(counts, 1)}
 
 
-def merge_tokens(states, keys, attention, sizes, anchors, num_kept: int) -> tuple:
+def merge_tokens(states, keys, attention, sizes, source_indices, num_kept: int) -> tuple:
     """
     Merges tokens pairwise until `num_kept` are left (reconstruction).
 
@@ -47,11 +47,11 @@ def merge_tokens(states, keys, attention, sizes, anchors, num_kept: int) -> tupl
         keys: (N, n, D) by which tokens are compared.
         attention: (N, n) that CLS pays to them.
         sizes: (N, n) fp32, how many patches each one stands for.
-        anchors: (N, n) the smallest index among these patches, ascending.
+        source_indices: (N, n) the smallest index among these patches, ascending.
         num_kept: at least 1.
 
     Returns:
-        states, sizes and anchors of the `num_kept` tokens that are left, in raster order.
+        states, sizes and source_indices of the `num_kept` tokens that are left, in raster order.
 
     Raises:
         ValueError: keys or attention are not finite.
@@ -61,11 +61,13 @@ def merge_tokens(states, keys, attention, sizes, anchors, num_kept: int) -> tupl
     values = torch.cat([states.float(), keys.detach().float(), attention.detach().float()[..., None]], dim=-1)
     while values.shape[1] > num_kept:
         num_merged = min(values.shape[1] - num_kept, values.shape[1] // 2)
-        values, sizes, anchors = _merge_once(values, values[..., width:-1], values[..., -1], sizes, anchors, num_merged)
-    return values[..., :width].to(dtype), sizes, anchors
+        values, sizes, source_indices = _merge_once(
+            values, values[..., width:-1], values[..., -1], sizes, source_indices, num_merged
+        )
+    return values[..., :width].to(dtype), sizes, source_indices
 
 
-def _merge_once(values, keys, attention, sizes, anchors, num_merged: int) -> tuple:
+def _merge_once(values, keys, attention, sizes, source_indices, num_merged: int) -> tuple:
     """Merges `num_merged` tokens at even places, each into the most similar one at an odd place: a weighted mean."""
     check_finite("states, keys or attention", values.detach())
     merged, partner = _pairs_to_merge(keys.detach(), attention.detach(), num_merged)
@@ -73,11 +75,13 @@ def _merge_once(values, keys, attention, sizes, anchors, num_merged: int) -> tup
     even, odd = weights[:, ::2], weights[:, 1::2]
     to_partner = F.one_hot(partner, odd.shape[1]).to(weights.dtype)
     odd = odd + torch.bmm(to_partner.mT, gather_tokens(even, merged))
-    odd_anchors = anchors[:, 1::2].scatter_reduce(1, partner, anchors[:, ::2].gather(1, merged), "amin")
+    odd_indices = source_indices[:, 1::2].scatter_reduce(1, partner, source_indices[:, ::2].gather(1, merged), "amin")
     left = others(merged, even.shape[1])
     weights = torch.cat([gather_tokens(even, left), odd], dim=1)
-    weights, anchors = in_raster_order(weights, torch.cat([anchors[:, ::2].gather(1, left), odd_anchors], dim=1))
-    return weights[..., :-1] / weights[..., -1:], weights[..., -1].detach(), anchors
+    weights, source_indices = in_raster_order(
+        weights, torch.cat([source_indices[:, ::2].gather(1, left), odd_indices], dim=1)
+    )
+    return weights[..., :-1] / weights[..., -1:], weights[..., -1].detach(), source_indices
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from .ops_tokens import MIN_NORM, in_double
 # "pooled": cosine of the vision features with one vector for the text, which is brought to their width by averaging; the
 #     ReDiPrune paper's. Nothing has trained these two spaces to agree.
 # "projected": cosine of the projected tokens with that vector, in the space of the language model's input embeddings.
-# "attention": `attention_rows`, in the query-key space of one of the language model's first layers.
+# "attention": `attention_affinity`, in the query-key space of one of the language model's first layers.
 # "clip": `clip_relevance`, in the joint space of a CLIP checkpoint; CDPruner's and TRIM's.
 RELEVANCES = ("pooled", "projected", "attention", "clip")
 WORD_TEMPERATURE = 0.02
@@ -21,12 +21,12 @@ __all__ = [
     "RELEVANCES",
     "attention_by_head",
     "attention_relevance",
-    "attention_rows",
+    "attention_affinity",
     "clip_relevance",
     "cosine_relevance",
     "read_question",
-    "stack_rows",
-    "word_rows",
+    "stack_affinity",
+    "word_affinity",
 ]
 
 
@@ -96,13 +96,13 @@ def attention_by_head(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch
         return logits.softmax(-1).unflatten(2, (-1, len(words))).flatten(1, 2)
 
 
-def attention_rows(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def attention_affinity(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """(N, T, L) fp32, in [0, 1]: of `attention_by_head` the largest of all heads."""
     return attention_by_head(layer, words, tokens).amax(1)
 
 
 def attention_relevance(rows: torch.Tensor) -> torch.Tensor:
-    """Relevance (N, L) from `attention_rows` (N, T, L): the largest of all words, scaled to [0, 1] in each set."""
+    """Relevance (N, L) from `attention_affinity` (N, T, L): the largest of all words, scaled to [0, 1] in each set."""
     largest = rows.amax(1)
     low, high = largest.aminmax(dim=1, keepdim=True)
     return (largest - low) / (high - low).clamp_min(MIN_NORM)
@@ -129,7 +129,7 @@ def clip_relevance(tokens: torch.Tensor, questions: torch.Tensor) -> torch.Tenso
 
 
 @torch.no_grad()
-def word_rows(words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def word_affinity(words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
     What each word is closest to: softmax over the tokens of their cosine / 0.02 (MMTok, arXiv 2508.18264).
 
@@ -145,7 +145,7 @@ def word_rows(words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return (words @ tokens.mT / WORD_TEMPERATURE).softmax(-1)
 
 
-def stack_rows(rows: list) -> torch.Tensor:
+def stack_affinity(rows: list) -> torch.Tensor:
     """Rows (n, T, L) of several questions as one (N, T', L), with zeros for the words that the shorter ones lack."""
     longest = max(1, max(part.shape[1] for part in rows))
     return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in rows])

@@ -101,7 +101,7 @@ def others(kept: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return dropped.nonzero()[:, 1].view(kept.shape[0], -1)
 
 
-def in_raster_order(features: torch.Tensor, anchors: torch.Tensor) -> tuple:
+def in_raster_order(features: torch.Tensor, source_indices: torch.Tensor) -> tuple:
     """Features (N, k, C) and the indices (N, k) whose places they take, both by ascending index."""
-    anchors, order = anchors.sort(dim=1, stable=True)
-    return gather_tokens(features, order), anchors
+    source_indices, order = source_indices.sort(dim=1, stable=True)
+    return gather_tokens(features, order), source_indices

@@ -24,7 +24,7 @@ def transformer(tower):
     return getattr(tower, "vision_model", tower)
 
 
-def run_tower(tower, pixels: torch.Tensor, taps, needs=frozenset()) -> dict:
+def run_tower(tower, pixels: torch.Tensor, taps, required_signals=frozenset()) -> dict:
     """
     Runs the tower as far as the hidden states that are asked for, and keeps these: without gradients, all of them would be
     most of the memory that the tower takes, and the layers after the last one would run for nothing.
@@ -35,7 +35,7 @@ def run_tower(tower, pixels: torch.Tensor, taps, needs=frozenset()) -> dict:
         tower: a CLIP vision tower.
         pixels: (N, 3, height, width).
         taps: indices of hidden states, embeddings first; from the end if negative.
-        needs: as in `read_attention`, with the last of `taps`.
+        required_signals: as in `read_attention`, with the last of `taps`.
 
     Returns:
         `dict` from index (counted from the start) to hidden state (N, 1 + P, C).
@@ -44,7 +44,7 @@ def run_tower(tower, pixels: torch.Tensor, taps, needs=frozenset()) -> dict:
         ValueError: the tower has no such hidden state.
     """
     layers = transformer(tower).encoder.layers
-    wanted = {_from_start(tap, layers) for tap in taps} | _states_read(taps[-1], layers, needs)
+    wanted = {_from_start(tap, layers) for tap in taps} | _states_read(taps[-1], layers, required_signals)
     states = embed_patches(tower, pixels)
     kept = {0: states} if 0 in wanted else {}
     for index, layer in enumerate(layers[: max(wanted)], 1):
@@ -67,14 +67,14 @@ def _from_start(tap: int, layers) -> int:
     return tap % (len(layers) + 1)
 
 
-def _states_read(tap: int, layers, needs) -> set:
+def _states_read(tap: int, layers, required_signals) -> set:
     """The hidden states from which `read_attention` computes what is needed: the inputs of the layers in question."""
     states = {"tap": max(_from_start(tap, layers) - 1, 0), "last": len(layers) - 1}
-    return {states["last" if name.startswith("last_") else "tap"] for name in needs & FIELDS}
+    return {states["last" if name.startswith("last_") else "tap"] for name in required_signals & FIELDS}
 
 
 @torch.no_grad()
-def read_attention(tower, states, tap: int, needs, with_cls: bool = False) -> dict:
+def read_attention(tower, states, tap: int, required_signals, with_cls: bool = False) -> dict:
     """
     Attention and keys of the patches, from the q and k projections alone: whatever attention the tower runs with.
 
@@ -82,7 +82,7 @@ def read_attention(tower, states, tap: int, needs, with_cls: bool = False) -> di
         tower: a CLIP vision tower.
         states: its hidden states by index, each (N, 1 + P, C), embeddings first: those of `run_tower`.
         tap: index of the tapped one among them.
-        needs: which of `"cls_attention"`, `"keys"` (of the layer whose output is tapped, mean over heads),
+        required_signals: which of `"cls_attention"`, `"keys"` (of the layer whose output is tapped, mean over heads),
             `"last_cls_attention"` and `"last_keys"` (of the last layer, with its heads taken as one).
         with_cls: whether CLS is a token like the patches, and the first of them.
 
@@ -90,13 +90,13 @@ def read_attention(tower, states, tap: int, needs, with_cls: bool = False) -> di
         `dict` with these names: attentions (N, P, 1) fp32, which with CLS itself add up to 1, and keys (N, P, D).
     """
     layers, fields = transformer(tower).encoder.layers, {}
-    if needs & {"cls_attention", "keys"}:
+    if required_signals & {"cls_attention", "keys"}:
         index = max(_from_start(tap, layers) - 1, 0)
         fields["cls_attention"], fields["keys"] = _attention_of_cls(layers[index], states[index], with_cls)
-    if needs & {"last_cls_attention", "last_keys"}:
+    if required_signals & {"last_cls_attention", "last_keys"}:
         found = _attention_of_cls(layers[-1], states[len(layers) - 1], with_cls, heads_as_one=True)
         fields["last_cls_attention"], fields["last_keys"] = found
-    return {name: fields[name] for name in fields.keys() & needs}
+    return {name: fields[name] for name in fields.keys() & required_signals}
 
 
 def _attention_of_cls(layer, states: torch.Tensor, with_cls: bool, heads_as_one: bool = False) -> tuple:
@@ -131,10 +131,10 @@ def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None)
         features (N, k, C) without CLS, and LongTensor (N, k), for each the first patch that is merged in it, ascending.
     """
     states = embed_patches(tower, pixels)
-    anchors = inside
-    if anchors is None:
-        anchors = torch.arange(states.shape[1] - 1, device=states.device).expand(len(states), -1)
-    schedule = merging_schedule(anchors.shape[1], num_kept, num_layers)
+    source_indices = inside
+    if source_indices is None:
+        source_indices = torch.arange(states.shape[1] - 1, device=states.device).expand(len(states), -1)
+    schedule = merging_schedule(source_indices.shape[1], num_kept, num_layers)
     sizes = None
     for index, layer in enumerate(transformer(tower).encoder.layers[:num_layers]):
         attended, keys, attention = _attend(layer.self_attn, layer.layer_norm1(states), sizes)
@@ -142,13 +142,15 @@ def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None)
         if index in schedule:
             patches = states[:, 1:]
             if sizes is None:
-                sizes = torch.ones(anchors.shape, device=states.device)
-                patches, keys = gather_tokens(patches, anchors), gather_tokens(keys, anchors)
-                attention = attention.gather(1, anchors)
-            patches, sizes, anchors = merge_tokens(patches, keys, attention, sizes, anchors, schedule[index])
+                sizes = torch.ones(source_indices.shape, device=states.device)
+                patches, keys = gather_tokens(patches, source_indices), gather_tokens(keys, source_indices)
+                attention = attention.gather(1, source_indices)
+            patches, sizes, source_indices = merge_tokens(
+                patches, keys, attention, sizes, source_indices, schedule[index]
+            )
             states = torch.cat([states[:, :1], patches], dim=1)
         states = states + layer.mlp(layer.layer_norm2(states))
-    return states[:, 1:], anchors
+    return states[:, 1:], source_indices
 
 
 def _attend(attention, states, sizes) -> tuple:

@@ -85,7 +85,7 @@ class LlavaEncoder:
         return signals
 
     def _signals(self) -> frozenset:
-        return self.method.needs if self.pruning.prunes else frozenset()
+        return self.method.required_signals if self.pruning.prunes else frozenset()
 
     def _count_in_encoder(self, num_patches: int, num_tokens: int) -> int:
         """How many of a set's patches leave the tower, where `num_tokens` would be there if nothing were pruned."""

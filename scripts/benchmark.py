@@ -6,13 +6,13 @@ their content nor that of the weights changes what is measured. Nothing is writt
 OUTPUT-*.png.
 
 Examples:
-    python scripts/benchmark.py --output runs/embedded --plots
+    python scripts/benchmark.py --output runs/tiny --plots
     python scripts/benchmark.py --model llava-hf/LLaVA-NeXT-Video-7B-hf --batch 1 2 4 8 --output runs/7b
     python scripts/benchmark.py --shape llava-next-video-7b --layers 2 --vision-layers 6 --ratios 0.15 0.1 --repeats 3
-    python scripts/benchmark.py --shape llava-next-video-7b --device cuda --frames 8 16 --pooling before skip
+    python scripts/benchmark.py --shape llava-next-video-7b --device cuda --frames 8 16 --video-pooling true false
     python scripts/benchmark.py --shape llava-1.5-7b --device cuda
     python scripts/benchmark.py --selection --threads 2 --output docs/results/selection
-    python scripts/benchmark.py --from runs/embedded.json --output runs/embedded --plots
+    python scripts/benchmark.py --from runs/tiny.json --output runs/tiny --plots
 """
 
 import argparse
@@ -36,6 +36,7 @@ from repository import (
     environment,
     fail,
     flop_counter,
+    json_or_string,
     load,
     output_prefix,
     use_device,
@@ -47,7 +48,6 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 UNPRUNED = "unpruned"
-POOLINGS = ("before", "skip")
 FIRST_WORD = 10  # random words come after the special tokens of the vocabularies
 TEXT_BEFORE = 20  # of the words of a prompt, so many stand before the video; the rest is the question
 
@@ -61,7 +61,12 @@ def parse_arguments():
     parser.add_argument("--methods", nargs="+", default=["rediprune"], help="pruning methods (default: %(default)s)")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25, 0.15, 0.1], help="default: %(default)s")
     parser.add_argument("--frames", nargs="+", type=int, help="frames of a video (default: 8, or as the shape says)")
-    parser.add_argument("--pooling", nargs="+", help="before and/or skip (default: before, or as the shape says)")
+    parser.add_argument(
+        "--video-pooling",
+        nargs="+",
+        type=json_or_string,
+        help="true and/or false (default: true, or as the shape says)",
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes (default: %(default)s)")
     parser.add_argument("--text", type=int, default=60, help="text tokens of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=9, help="tokens generated in each run (default: %(default)s)")
@@ -85,12 +90,13 @@ def check_arguments(args) -> None:
     shape = shape_of(args.shape) if args.shape else None
     if (args.layers or args.vision_layers) and not shape:
         fail("--layers and --vision-layers cut a --shape; a checkpoint has the layers that it has")
-    defaults = (shape.frames, shape.poolings) if shape else ((8,), ("before",))
-    given = (args.frames, args.pooling)
-    args.frames, args.pooling = (list(default if value is None else value) for default, value in zip(defaults, given))
-    if shape and shape.fixed and (tuple(args.frames), tuple(args.pooling)) != defaults:
+    defaults = (shape.frames, shape.video_pooling) if shape else ((8,), (True,))
+    given = (args.frames, args.video_pooling)
+    args.frames, args.video_pooling = (list(value or default) for default, value in zip(defaults, given))
+    if shape and shape.fixed and (tuple(args.frames), tuple(args.video_pooling)) != defaults:
         fail(
-            f"--shape {args.shape} is one picture: it goes with --frames {shape.frames[0]} --pooling {shape.poolings[0]}"
+            f"--shape {args.shape} is one picture: it goes with --frames {shape.frames[0]} --video-pooling "
+            f"{json.dumps(shape.video_pooling[0])}"
         )
     known = [name for name in code_module("methods_registry").METHODS if name != "none"]
     for method in args.methods:
@@ -101,9 +107,9 @@ def check_arguments(args) -> None:
             fail(
                 f"--ratios {ratio}: a keep ratio lies between 0 and 1, such as 0.15; the unpruned model always runs beside"
             )
-    for pooling in args.pooling:
-        if pooling not in POOLINGS:
-            fail(f"--pooling {pooling}: choose of {', '.join(POOLINGS)}")
+    for pooling in args.video_pooling:
+        if not isinstance(pooling, bool):
+            fail(f"--video-pooling {pooling}: must be true or false")
     least = {"frames": 1, "batch": 1, "text": TEXT_BEFORE + 1, "new_tokens": 1, "repeats": 1, "warmup": 0}
     least |= {"layers": 1, "vision_layers": 2}  # the tapped layer is the last but one
     for name, minimum in least.items():
@@ -128,7 +134,7 @@ def parser_default(name: str):
 def open_model(args):
     """The model to measure, and what it is in words."""
     if not args.shape:
-        return load(args)[0], "the embedded checkpoint" if args.model == parser_default("model") else args.model
+        return load(args)[0], "the tiny checkpoint" if args.model == parser_default("model") else args.model
     use_device(args)
     shape = shape_of(args.shape)
     config = shape_config(shape, args.layers, args.vision_layers)
@@ -142,15 +148,15 @@ def cells_of(args) -> list:
     """What is measured: for every frames, pooling and batch the unpruned model, and every method at every ratio."""
     settings = [(UNPRUNED, 1.0), *itertools.product(args.methods, args.ratios)]
     cells = []
-    for frames, pooling, batch in itertools.product(args.frames, args.pooling, args.batch):
-        group = {"frames": frames, "pooling": pooling, "batch": batch}
+    for frames, pooling, batch in itertools.product(args.frames, args.video_pooling, args.batch):
+        group = {"frames": frames, "video_pooling": pooling, "batch": batch}
         cells += [{"method": method, "keep_ratio": ratio, **group} for method, ratio in settings]
     return cells
 
 
 def pruning_of(model, cell: dict):
     block = model.config.pruning
-    changes = {"keep_ratio": cell["keep_ratio"], "pooling": cell["pooling"]}
+    changes = {"keep_ratio": cell["keep_ratio"], "video_pooling": cell["video_pooling"]}
     if cell["method"] != UNPRUNED:
         changes["method"] = cell["method"]
     return type(block).from_value({**block.to_dict(), **changes})
@@ -264,7 +270,7 @@ def measure(model, cells: list, args) -> list:
     """One row for every cell, the cells of one frames, pooling and batch in turns."""
     progress = tqdm(total=len(cells) * (1 + args.warmup + args.repeats), unit="run", disable=None, mininterval=1)
     rows = []
-    for _, group in itertools.groupby(cells, key=lambda cell: (cell["frames"], cell["pooling"], cell["batch"])):
+    for _, group in itertools.groupby(cells, key=lambda cell: (cell["frames"], cell["video_pooling"], cell["batch"])):
         rows += measure_group(model, list(group), args, progress)
     progress.close()
     return rows

@@ -1,6 +1,7 @@
 """Plots of a benchmark: speed-up and memory against the keep ratio, and where the time goes."""
 
 import io
+import json
 from statistics import median
 
 from benchmark_tables import COLUMNS
@@ -44,13 +45,13 @@ def _title(report: dict) -> str:
     return f"{report['model']}{cut}\n{run.get('gpu', run['cpu'])}, {run['dtype']}, {run['threads']} threads"
 
 
-GROUP = ("frames", "pooling", "batch")
+GROUP = ("frames", "video_pooling", "batch")
 
 
 def _names(pairs: list) -> list:
     """A name for every row, of the method and of what else differs between rows."""
     differs = [key for key in GROUP if len({row[key] for row, _ in pairs}) > 1]
-    return [", ".join([row["method"], *(f"{key} {row[key]}" for key in differs)]) for row, _ in pairs]
+    return [", ".join([row["method"], *(f"{key} {json.dumps(row[key])}" for key in differs)]) for row, _ in pairs]
 
 
 def _curves(pairs: list) -> dict:

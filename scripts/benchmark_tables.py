@@ -23,7 +23,7 @@ def summarise(report: dict) -> list:
     """
     summary, base = [], None
     for row in report["rows"]:
-        key = {name: row[name] for name in ("method", "keep_ratio", "frames", "pooling", "batch", "error")}
+        key = {name: row[name] for name in ("method", "keep_ratio", "frames", "video_pooling", "batch", "error")}
         if row["method"] == "unpruned":
             base = row
         if row["error"] is None:
@@ -102,7 +102,8 @@ def heading(report: dict, title: str) -> list:
 
 def setting(row: dict) -> list:
     name = row["method"] if row["method"] == "unpruned" else f"{row['method']} {row['keep_ratio']:g}"
-    return [name, f"{row['frames']} x {row['pooling']}", str(row["batch"])]
+    frames = f"{row['frames']}, {'pooled' if row['video_pooling'] else 'unpooled'}"
+    return [name, frames, str(row["batch"])]
 
 
 def markdown(report: dict) -> str:
@@ -172,7 +173,7 @@ def model_tables(report: dict) -> list:
         f"{report['new_tokens']} generated; weights {report['weights_bytes'] / 1e6:.0f} MB."
     )
     measured = [(row, ratios) for row, ratios in zip(report["rows"], report["summary"]) if row["error"] is None]
-    names = ["setting", "frames x pooling", "batch"]
+    names = ["setting", "frames", "batch"]
     lines += ["", "## Where the time goes (ms)", ""]
     header = [*names, *(f"{name} a token" if name == "decode" else name for name in COLUMNS), "answers a second"]
     lines += table(header, [

@@ -75,7 +75,7 @@ class Setting:
     def seeded(self) -> bool:
         """Whether it runs once for each of `--seeds`."""
         method = self.changes.get("method")
-        drawn = self.query == "other" or method is not None and "seeds" in _methods()[method].needs
+        drawn = self.query == "other" or method is not None and "seeds" in _methods()[method].required_signals
         return drawn and "seed" not in self.changes
 
     def with_seed(self, seed: int) -> "Setting":
@@ -98,7 +98,9 @@ def setting(text: str) -> Setting:
         block = code_module("configuration_rediprune").PruningConfig.from_value(changes)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-    reads = _methods()[block.method].needs & {"relevance", "text_rows"} and block.query_weighting != "none"
+    reads = (
+        _methods()[block.method].required_signals & {"relevance", "text_affinity"} and block.query_weighting != "none"
+    )
     if query != "own" and not reads:
         raise argparse.ArgumentTypeError(
             f"{text!r}: this setting does not look at the question; leave query={query} out"

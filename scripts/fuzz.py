@@ -124,7 +124,7 @@ class Run:
         return self.model.select_tokens(**inputs)
 
     def layout(self, part) -> Layout:
-        return Layout(part.kind, part.size, self.case.frames, self.config, self.pruning.pooling)
+        return Layout(part.kind, part.size, self.case.frames, self.config, self.pruning.video_pooling)
 
     # -- the reference
 
@@ -217,7 +217,7 @@ class Run:
             check_close(
                 output.logits[number][inputs["attention_mask"][number].bool()], row.logits(), f"row {number}, one pass"
             )
-        if not self.pruning.prunes and self.pruning.pooling == "before":
+        if not self.pruning.prunes and self.pruning.video_pooling:
             own = {"keep_ratio", "clip_input_ids", "clip_attention_mask", "word_input_ids"}
             stock = self.stock(**{key: value for key, value in self.placed(inputs).items() if key not in own})
             check(
@@ -225,7 +225,7 @@ class Run:
                 "nothing is pruned, but the logits are not those of the stock class",
             )
         kept = [*(output.image_kept_indices or ()), *(output.video_kept_indices or ())]
-        if self.pruning.prunes or self.pruning.pooling == "skip":
+        if self.pruning.prunes or not self.pruning.video_pooling:
             check(len(kept) == len(self.select(inputs)), "the output does not tell what was kept of every medium")
 
     def placed(self, inputs) -> dict:

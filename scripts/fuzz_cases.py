@@ -13,14 +13,14 @@ WORDS = "what colour is the star ? where which way does it move red blue left ri
 RATIOS = (0.01, 0.05, 0.1, 0.15, 0.25, 0.3, 0.5, 0.75, 0.9, 0.999, 1.0)
 # Keys of the pruning block that a case may set, and to what. Those of a method that refuses them are drawn again.
 OPTIONS = {
-    "scope": ("frame", "video", "medium"),
+    "scope": ("frame", "video", "item"),
     "relevance": ("pooled", "projected", "attention", "clip"),
     "relevance_layer": (0, 1),
     "words": ("all", "content"),
     "distance": ("features", "projected"),
     "time_weight": (0.0, 0.25, 5.0),
     "proportional_attention": (True, False),
-    "merging": (0.0, 0.3, 1.0),
+    "merge_weight": (0.0, 0.3, 1.0),
     "positions": ("compact", "original"),
     "alpha": (-1.0, 0.0, 0.5, 2.0, 1e6),
     "candidate_pool": ("all", "algorithm1", "released"),
@@ -29,7 +29,7 @@ OPTIONS = {
     "query_weighting": ("exponential", "self_attention", "middle_peak", "average", "none"),
     "query_max_tokens": (1, 3, 128),
     "encoder_keep_ratio": (0.3, 0.5, 1.0),
-    "pooling": ("before", "skip"),
+    "video_pooling": (True, False),
     "seed": (0, 1, 2**40),
 }
 READS_TOWER = ("cdpruner", "trim")  # whose own relevance is "clip" where there is a text tower

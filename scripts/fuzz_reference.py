@@ -24,10 +24,10 @@ class Layout:
         length: places of the unpruned medium; the rows of an image's tiles end with one that is no token.
     """
 
-    def __init__(self, kind: str, size: tuple, frames: int, config, pooling: str):
+    def __init__(self, kind: str, size: tuple, frames: int, config, pooling: bool):
         side = config.vision_config.image_size // config.vision_config.patch_size
         if kind == "video":
-            side = side // config.spatial_pool_stride if pooling == "before" else side
+            side = side // config.spatial_pool_stride if pooling else side
             self.sets = [side**2] * min(frames, MOST_FRAMES)
             self.length = sum(self.sets)
             self.places = np.arange(self.length)
@@ -45,7 +45,7 @@ class Layout:
 
     def counts(self, pruning, kind: str) -> list:
         """How many tokens of each set stay, or of all together."""
-        if pruning.resolved("scope") == "medium" or pruning.resolved("scope") == "video" and kind == "video":
+        if pruning.resolved("scope") == "item" or pruning.resolved("scope") == "video" and kind == "video":
             return [count(self.num_tokens, pruning)]
         return [count(size, pruning) for size in self.sets]
 

@@ -1,4 +1,4 @@
-"""How well relevance finds what a question asks about, on the embedded checkpoint and held-out generated videos.
+"""How well relevance finds what a question asks about, on the tiny checkpoint and held-out generated videos.
 
 For every question whose object is in the video, the visual tokens that show that object should be ahead of the others: the
 share of pairs in which they are (the area under the ROC curve, 0.5 = chance), against all other tokens and, harder, against

@@ -27,7 +27,7 @@ from repository import (
 )
 from tqdm import tqdm
 
-# Tokens of a set x features: frames of the embedded checkpoint, and of the 7B models before and after the projector; then
+# Tokens of a set x features: frames of the tiny checkpoint, and of the 7B models before and after the projector; then
 # videos of 8 frames that share a budget, in the same order, and the last of 32 frames.
 SIZES = ((36, 64), (144, 1024), (144, 4096), (576, 1024), (576, 4096))
 JOINT_SIZES = ((288, 128), (1152, 1024), (1152, 4096), (4608, 1024), (4608, 4096))

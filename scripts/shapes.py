@@ -16,14 +16,14 @@ class Shape:
     Attributes:
         title: what it is, and what it is not.
         frames: the numbers of frames that the benchmark takes unless told otherwise.
-        poolings: the same for the pooling of frames.
+        video_pooling: the same for the pooling of frames.
         rope_factor: linear stretching of positions.
-        fixed: whether other frames and poolings would be another model.
+        fixed: whether other frames and another pooling would be another model.
     """
 
     title: str
     frames: tuple
-    poolings: tuple
+    video_pooling: tuple
     rope_factor: float = 1.0
     fixed: bool = False
     layers: int = 32
@@ -32,12 +32,12 @@ class Shape:
 
 SHAPES = {
     "llava-next-video-7b": Shape(
-        "the sizes of LLaVA-NeXT-Video-7B with random weights", frames=(8,), poolings=("before",), rope_factor=2.5
+        "the sizes of LLaVA-NeXT-Video-7B with random weights", frames=(8,), video_pooling=(True,), rope_factor=2.5
     ),
     "llava-1.5-7b": Shape(
         "the sizes of LLaVA-1.5-7B with random weights, run by the LLaVA-NeXT-Video class as a video of one unpooled frame",
         frames=(1,),
-        poolings=("skip",),
+        video_pooling=(False,),
         fixed=True,
     ),
 }

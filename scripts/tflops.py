@@ -73,11 +73,9 @@ def main():
     print(f"LLaVA-NeXT-Video-7B, {frames} frames, {text} text tokens, in 10^12 multiply-adds")
     print(f"prefill, native (144 tokens a frame): {native:.3f}; without pooling (576 a frame): {unpooled:.3f}")
     print(f"vision encoder: {frames * encoder():.3f}\n")
-    header = (
-        "pooling, keep ratio, tokens, prefill, of native, of 576 a frame, encoder with evoprune, relevance attention"
-    )
+    header = "video_pooling, keep ratio, tokens, prefill, of native, of 576 a frame, encoder with evoprune, relevance attention"
     print("| " + header.replace(", ", " | ") + " |\n" + "|---" * 8 + "|")
-    for pooling, size in (("before", 144), ("skip", 576)):
+    for pooling, size in (("true", 144), ("false", 576)):
         for ratio in args.keep_ratio:
             kept = count_kept(size, ratio)
             cost = prefill(frames * kept, text)

@@ -1,6 +1,6 @@
 """Generated videos and images of small coloured shapes, with questions and dense labels.
 
-The world that the embedded checkpoint is trained and measured on. A video is 8 frames of 96x96 pixels: a textured
+The world that the tiny checkpoint is trained and measured on. A video is 8 frames of 96x96 pixels: a textured
 background, clutter, and a crowd of objects of about one pooled visual token (16 pixels) each. Some objects are there all
 the time, some come late, some vanish, one or two move. An image is a still of the same kind in one of three sizes.
 

@@ -36,7 +36,7 @@ from visualize_trace import PreparedMedia, ratio_grid, trace
 
 DEFAULT_METHODS = ("rediprune", "divprune", "random")
 DEFAULT_RATIOS = (0.1, 0.25, 0.5)
-MAX_STEPS = 288  # enough for the order of the picks among all tokens of a video of the embedded checkpoint
+MAX_STEPS = 288  # enough for the order of the picks among all tokens of a video of the tiny checkpoint
 ENDINGS = (".png", ".html", ".json")
 
 

@@ -14,7 +14,7 @@ from overlay import to_pictures, untile
 # What a method may look at, beside the features themselves, and how a caption calls it; of several the first is shown.
 LOOKS = {
     "relevance": "relevance to the question",
-    "text_rows": "closeness to the question's words",
+    "text_affinity": "closeness to the question's words",
     "last_cls_attention": "attention of CLS, last layer",
     "cls_attention": "attention of CLS",
 }
@@ -203,12 +203,12 @@ def looked_at(items) -> tuple:
     parts, names = [], set()
     for item in items:
         for signals, tokens in zip(item.sets, item.signals):
-            if tokens is None or "anchors" in signals:
+            if tokens is None or "source_indices" in signals:
                 return None, None
             name = next((name for name in LOOKS if getattr(tokens, name) is not None), None)
             if name is None:
                 return None, None
             values = getattr(tokens, name)
-            parts.append((values.sum(1) if name == "text_rows" else values).float().cpu().flatten())
+            parts.append((values.sum(1) if name == "text_affinity" else values).float().cpu().flatten())
             names.add(name)
     return torch.cat(parts).numpy(), names.pop()

@@ -80,7 +80,7 @@ def test_dry_run_writes_nothing(base, tmp_path, capsys):
 def test_every_key_of_the_pruning_block_has_an_option(base, tmp_path):
     """Each takes a value as JSON has it, and the block that is written is what was asked for."""
     block = export.configuration.PruningConfig(
-        method="rediprune_plus", keep_ratio=0.3, scope="medium", relevance="projected", relevance_layer=0, time_weight=0.5,
+        method="rediprune_plus", keep_ratio=0.3, scope="item", relevance="projected", relevance_layer=0, time_weight=0.5,
         distance="features", proportional_attention=False, candidate_pool="algorithm1", max_candidates=9, positions="compact",
     ).to_dict()  # fmt: skip
     options = [

@@ -59,8 +59,8 @@ def tokens(num_sets=3, num_tokens=24, kind="gaussian"):
     keys = states @ torch.randn(6, 4, generator=generator)
     attention = torch.rand(num_sets, num_tokens, generator=generator)
     attention = attention if kind == "gaussian" else torch.ones_like(attention)
-    anchors = torch.arange(num_tokens).expand(num_sets, -1)
-    return states, keys, attention, torch.ones(num_sets, num_tokens), anchors
+    source_indices = torch.arange(num_tokens).expand(num_sets, -1)
+    return states, keys, attention, torch.ones(num_sets, num_tokens), source_indices
 
 
 def slow_merge(states, keys, attention, num_merged):
@@ -81,13 +81,13 @@ def slow_merge(states, keys, attention, num_merged):
 
 @pytest.mark.parametrize("num_tokens, num_kept", [(24, 20), (24, 12), (25, 13), (2, 1)])
 def test_one_step_equals_slow_reference(num_tokens, num_kept):
-    states, keys, attention, sizes, anchors = tokens(num_tokens=num_tokens)
-    merged, new_sizes, new_anchors = merge_tokens(states, keys, attention, sizes, anchors, num_kept)
+    states, keys, attention, sizes, source_indices = tokens(num_tokens=num_tokens)
+    merged, new_sizes, new_indices = merge_tokens(states, keys, attention, sizes, source_indices, num_kept)
     assert (new_sizes.sum(1) == num_tokens).all()
     for index in range(3):
         expected, firsts = slow_merge(states[index], keys[index], attention[index], num_tokens - num_kept)
         torch.testing.assert_close(merged[index], expected)
-        assert new_anchors[index].tolist() == firsts
+        assert new_indices[index].tolist() == firsts
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "identical", "zero"])
@@ -95,29 +95,29 @@ def test_one_step_equals_slow_reference(num_tokens, num_kept):
 def test_merging(kind, num_kept):
     """Whatever is merged, the count is met, nothing is lost, and a set is the same alone."""
     given_tokens = tokens(kind=kind)
-    states, sizes, anchors = merge_tokens(*given_tokens, num_kept)
+    states, sizes, source_indices = merge_tokens(*given_tokens, num_kept)
     assert states.shape == (3, num_kept, 6) and (sizes.sum(1) == 24).all() and (sizes >= 1).all()
-    assert (anchors.diff(dim=1) > 0).all() and (anchors[:, 0] >= 0).all()
+    assert (source_indices.diff(dim=1) > 0).all() and (source_indices[:, 0] >= 0).all()
     mean = (states * sizes[..., None]).sum(1) / 24
     torch.testing.assert_close(mean, given_tokens[0].mean(1))
     alone = merge_tokens(*(values[1:2] for values in given_tokens), num_kept)
-    assert torch.equal(alone[2][0], anchors[1])
+    assert torch.equal(alone[2][0], source_indices[1])
     torch.testing.assert_close(alone[0][0], states[1])
 
 
 def test_merging_in_half_precision():
-    states, keys, attention, sizes, anchors = tokens()
-    half = merge_tokens(states.half(), keys.half(), attention, sizes, anchors, 7)
-    full = merge_tokens(states.half().float(), keys.half().float(), attention, sizes, anchors, 7)
+    states, keys, attention, sizes, source_indices = tokens()
+    half = merge_tokens(states.half(), keys.half(), attention, sizes, source_indices, 7)
+    full = merge_tokens(states.half().float(), keys.half().float(), attention, sizes, source_indices, 7)
     assert half[0].dtype == torch.float16
     assert torch.equal(half[2], full[2]) and torch.equal(half[0], full[0].half())
 
 
 def test_nan_raises():
-    states, keys, attention, sizes, anchors = tokens()
+    states, keys, attention, sizes, source_indices = tokens()
     keys[1, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=r"keys.*NaN.*sets \[1\]"):
-        merge_tokens(states, keys, attention, sizes, anchors, 7)
+        merge_tokens(states, keys, attention, sizes, source_indices, 7)
 
 
 # -- in a tower ------------------------------------------------------------------------------------------------------
@@ -133,9 +133,9 @@ def test_a_tower_that_merges_nothing_is_the_stock_tower(model, pixels):
     tower = model.model.vision_tower
     states = tower(pixels, output_hidden_states=True).hidden_states
     for num_layers in (1, 2, 3):
-        features, anchors = encode_and_merge(tower, pixels, num_layers, PATCHES)
+        features, source_indices = encode_and_merge(tower, pixels, num_layers, PATCHES)
         torch.testing.assert_close(features, states[num_layers][:, 1:], atol=1e-4, rtol=1e-4)
-        assert torch.equal(anchors, torch.arange(PATCHES).expand(3, -1))
+        assert torch.equal(source_indices, torch.arange(PATCHES).expand(3, -1))
 
 
 @torch.no_grad()
@@ -152,18 +152,18 @@ def test_a_token_of_many_patches_is_attended_to_as_many(model, pixels):
 @torch.no_grad()
 def test_merging_in_the_tower(model, pixels):
     tower = model.model.vision_tower
-    features, anchors = encode_and_merge(tower, pixels, 2, 9)
-    assert features.shape == (3, 9, 16) and (anchors.diff(dim=1) > 0).all()
+    features, source_indices = encode_and_merge(tower, pixels, 2, 9)
+    assert features.shape == (3, 9, 16) and (source_indices.diff(dim=1) > 0).all()
     alone = encode_and_merge(tower, pixels[1:2], 2, 9)
-    assert torch.equal(alone[1][0], anchors[1])
+    assert torch.equal(alone[1][0], source_indices[1])
     torch.testing.assert_close(alone[0][0], features[1], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_patches_of_padding_are_left_out(model, pixels):
     inside = torch.arange(16, 40).expand(3, -1)
-    features, anchors = encode_and_merge(model.model.vision_tower, pixels, 2, 9, inside)
-    assert features.shape == (3, 9, 16) and anchors.min() >= 16 and anchors.max() < 40
+    features, source_indices = encode_and_merge(model.model.vision_tower, pixels, 2, 9, inside)
+    assert features.shape == (3, 9, 16) and source_indices.min() >= 16 and source_indices.max() < 40
 
 
 def test_gradient_flows_through_the_merging_tower(model, pixels):
@@ -178,8 +178,8 @@ def test_attention_and_keys_are_those_of_the_eager_tower(model, pixels):
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     output = tower(pixels, output_hidden_states=True, output_attentions=True)
-    needs = {"cls_attention", "keys", "last_cls_attention", "last_keys"}
-    found = read_attention(tower, output.hidden_states, -2, needs)
+    required_signals = {"cls_attention", "keys", "last_cls_attention", "last_keys"}
+    found = read_attention(tower, output.hidden_states, -2, required_signals)
     expected = output.attentions[1].mean(1)[:, 0, 1:, None]
     torch.testing.assert_close(found["cls_attention"], expected, atol=1e-5, rtol=1e-4)
     layers = transformer(tower).encoder.layers
@@ -192,28 +192,28 @@ def test_attention_and_keys_are_those_of_the_eager_tower(model, pixels):
     torch.testing.assert_close(found["last_keys"], last_keys[:, 1:])
 
 
-@pytest.mark.parametrize("taps, needs, kept", [
+@pytest.mark.parametrize("taps, required_signals, kept", [
     ([-2], set(), {2}),
     ([-1, 0], set(), {3, 0}),
     ([-2], {"keys", "relevance"}, {2, 1}),
     ([1], {"cls_attention", "last_keys"}, {1, 0, 2}),
     ([0], {"keys"}, {0}),
 ])  # fmt: skip
-def test_the_tower_keeps_what_is_asked_for(model, pixels, taps, needs, kept):
+def test_the_tower_keeps_what_is_asked_for(model, pixels, taps, required_signals, kept):
     tower = model.model.vision_tower
     states = tower(pixels, output_hidden_states=True).hidden_states
     layers = transformer(tower).encoder.layers
     before = [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers]
     with torch.no_grad():
-        found = run_tower(tower, pixels, taps, needs)
+        found = run_tower(tower, pixels, taps, required_signals)
     assert [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers] == before
     assert found.keys() == kept
     assert all(torch.equal(found[index], states[index]) for index in kept)
-    with_gradients = run_tower(tower, pixels, taps, needs)
+    with_gradients = run_tower(tower, pixels, taps, required_signals)
     assert all(torch.equal(with_gradients[index], states[index]) for index in kept)
     assert all(with_gradients[index].requires_grad for index in kept)
-    attention = needs - {"relevance"}
-    for name, values in read_attention(tower, found, taps[-1], needs).items():
+    attention = required_signals - {"relevance"}
+    for name, values in read_attention(tower, found, taps[-1], required_signals).items():
         assert torch.equal(values, read_attention(tower, states, taps[-1], attention)[name])
 
 

@@ -76,14 +76,14 @@ def test_the_sign_is_minus():
 
 
 @METHODS
-@pytest.mark.parametrize("pooling", ["before", "skip"])
+@pytest.mark.parametrize("pooling", [True, False])
 @pytest.mark.parametrize("question", [SHORT, LONG])
 def test_videos_equal_a_plain_computation(method, pooling, question, text_tower):
-    model, processor = pair(text_tower, method=method, pooling=pooling)
+    model, processor = pair(text_tower, method=method, video_pooling=pooling)
     inputs = ask(processor, question)
     (tokens,) = shown(model, inputs)
     patches = patch_vectors(text_tower, model, inputs["pixel_values_videos"][0])
-    if pooling == "before":
+    if pooling:
         patches = patches.unflatten(1, (4, 2, 4, 2)).mean((2, 4)).flatten(1, 2)
     cosines = F.normalize(patches, dim=-1) @ text_vectors(text_tower, question).T
     assert cosines.shape[-1] == (1 if question == SHORT else 3)

@@ -12,7 +12,7 @@ from rediprune.methods_base import VisualTokens
 from rediprune.methods_coverage import select_coverage
 from rediprune.methods_registry import METHODS
 from rediprune.methods_relevance import select_conditional_dpp, unit_range
-from rediprune.ops_relevance import word_rows
+from rediprune.ops_relevance import word_affinity
 from rediprune.ops_tokens import top_tokens
 from safetensors.torch import load_file
 
@@ -27,7 +27,7 @@ OF_ALL = {
     "distance": "features",
     "time_weight": 0.0,
     "proportional_attention": False,
-    "merging": 0.0,
+    "merge_weight": 0.0,
     "positions": "compact",
 }
 OWN = {
@@ -38,10 +38,10 @@ OWN = {
         "distance": "projected",
         "time_weight": 0.25,
         "proportional_attention": True,
-        "merging": 0.3,
+        "merge_weight": 0.3,
         "positions": "original",
     },
-    "divprune": {"scope": "medium", "distance": "projected"},
+    "divprune": {"scope": "item", "distance": "projected"},
     "cdpruner": {"relevance": "projected", "relevance_with_tower": "clip"},
     "scope": {},
     "mmtok": {"words": "content"},
@@ -55,13 +55,13 @@ OWN = {
     "uniform": {},
     "none": {},
 }
-NEEDS = {
+REQUIRED_SIGNALS = {
     "rediprune": {"relevance", "compared", "times"},
     "rediprune_plus": {"relevance", "compared", "times"},
     "divprune": {"compared", "times"},
     "cdpruner": {"projected", "relevance"},
     "scope": {"cls_attention"},
-    "mmtok": {"text_rows"},
+    "mmtok": {"text_affinity"},
     "evoprune": set(),
     "evoprune_rediprune": {"relevance", "compared", "times"},
     "visionzip": {"cls_attention", "keys"},
@@ -89,7 +89,7 @@ REDUCING = [name for name, method in METHODS.items() if name != "none" and not m
 def test_every_methods_own_values():
     found = {name: {key: getattr(method, key) for key in OF_ALL} for name, method in METHODS.items()}
     assert found == {name: {**OF_ALL, **own} for name, own in OWN.items()}
-    assert {name: set(method.needs) for name, method in METHODS.items()} == NEEDS
+    assert {name: set(method.required_signals) for name, method in METHODS.items()} == REQUIRED_SIGNALS
 
 
 @pytest.mark.parametrize("module", CONSTANTS)
@@ -132,8 +132,8 @@ def coverage_vectors():
 def test_golden_coverage(case, coverage_vectors):
     field = lambda key: coverage_vectors[f"{case['id']}.{key}"].float()[None]  # noqa: E731
     if "T" in case:
-        rows = word_rows(field("words")[0], field("projected")) / case["T"]
-        method, tokens = "mmtok", VisualTokens(field("features"), text_rows=rows)
+        rows = word_affinity(field("words")[0], field("projected")) / case["T"]
+        method, tokens = "mmtok", VisualTokens(field("features"), text_affinity=rows)
     else:
         method, tokens = "scope", VisualTokens(field("features"), cls_attention=field("cls_attention"))
     kept = METHODS[method].select(tokens, case["K"], PruningConfig(method=method))
@@ -245,7 +245,7 @@ def test_what_is_covered_is_no_gain():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 3, 40, generator=generator).double()[:, torch.arange(36) % 3]
     features *= torch.rand(1, 36, 1, generator=generator) + 0.1
-    tokens = VisualTokens(features, cls_attention=torch.ones(1, 36), text_rows=torch.ones(1, 2, 36) / 72)
+    tokens = VisualTokens(features, cls_attention=torch.ones(1, 36), text_affinity=torch.ones(1, 2, 36) / 72)
     for method in ("scope", "mmtok"):
         kept = METHODS[method].select(tokens, 9, PruningConfig(method=method))
         assert kept.tolist() == [list(range(9))]
@@ -270,7 +270,7 @@ def test_mmtok_covers_the_words():
     features = torch.randn(1, 20, 8, generator=generator)
     for token in range(20):
         rows = F.one_hot(torch.tensor([[token]]), 20).float()
-        kept = METHODS["mmtok"].select(VisualTokens(features, text_rows=rows), 1, PruningConfig())
+        kept = METHODS["mmtok"].select(VisualTokens(features, text_affinity=rows), 1, PruningConfig())
         assert kept.tolist() == [[token]]
 
 
@@ -403,7 +403,7 @@ def make_tokens(kind="gaussian", num_sets=3, num_tokens=36, seed=0):
                 "compared": features @ mix,
                 "times": torch.arange(num_tokens) * 4 // num_tokens / 4,
                 "relevance": score(),
-                "text_rows": torch.stack([score() for _ in range(4)]) / 4,
+                "text_affinity": torch.stack([score() for _ in range(4)]) / 4,
                 "projected": features @ mix,
                 "cls_attention": score(),
                 "keys": features @ mix.T,
@@ -460,7 +460,7 @@ class TestEveryMethod:
 
     def test_shorter_questions_beside_longer_ones(self, name):
         tokens = make_tokens()
-        padded = change(tokens, lambda rows: F.pad(rows, (0, 0, 0, 50)), ["text_rows"])
+        padded = change(tokens, lambda rows: F.pad(rows, (0, 0, 0, 50)), ["text_affinity"])
         assert torch.equal(reduce(name, tokens, 9)[1], reduce(name, padded, 9)[1])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -483,7 +483,7 @@ class TestEveryMethod:
 
     def test_without_text(self, name):
         tokens = make_tokens()
-        tokens.relevance = tokens.text_rows = None
+        tokens.relevance = tokens.text_affinity = None
         assert reduce(name, tokens, 9, query_weighting="none")[1].shape == (3, 9)
 
     def test_input_is_left_as_it_was(self, name):
@@ -493,7 +493,7 @@ class TestEveryMethod:
             assert torch.equal(getattr(tokens, field), value) if torch.is_tensor(value) else True
 
     def test_nan_raises(self, name):
-        looks_at = METHODS[name].needs - {"seeds", "times"}
+        looks_at = METHODS[name].required_signals - {"seeds", "times"}
         for field in looks_at | (set() if looks_at & {"compared", "projected"} else {"features"}):
             tokens = change(make_tokens(), torch.Tensor.clone)
             getattr(tokens, field)[1].flatten()[3] = torch.nan

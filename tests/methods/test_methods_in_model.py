@@ -6,11 +6,11 @@ from rediprune.methods_registry import METHODS
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from rediprune.ops_relevance import (
     RELEVANCES,
+    attention_affinity,
     attention_relevance,
-    attention_rows,
     read_question,
-    stack_rows,
-    word_rows,
+    stack_affinity,
+    word_affinity,
 )
 from tiny import random_image, random_video, stock_twin, tiny_model, tiny_processor
 
@@ -55,11 +55,11 @@ def test_answers(method, kind, checkpoint):
 
 @EVERY_METHOD
 @EVERY_KIND
-@pytest.mark.parametrize("pooling", ["before", "skip"])
+@pytest.mark.parametrize("pooling", [True, False])
 @pytest.mark.parametrize("keep_ratio", [0.02, 0.3, 0.7])
 def test_kept_tokens(method, kind, pooling, keep_ratio):
     """The same tokens alone and beside a longer question, as many as the processor said; a text that is not used changes none."""
-    pruning = {"method": method, "keep_ratio": keep_ratio, "pooling": pooling}
+    pruning = {"method": method, "keep_ratio": keep_ratio, "video_pooling": pooling}
     model, processor = tiny_model(**pruning), tiny_processor(**pruning)
     batch = model.select_tokens(**inputs_of(processor, kind))
     for sample, medium in enumerate(batch):
@@ -116,7 +116,12 @@ def test_joint_methods_count_all_tokens_of_a_medium(kind, shapes):
 def test_encoder_ratio_changes_the_composed_method():
     kept = []
     for ratio in (0.3, 1.0):
-        pruning = {"method": "evoprune_rediprune", "keep_ratio": 0.25, "encoder_keep_ratio": ratio, "pooling": "skip"}
+        pruning = {
+            "method": "evoprune_rediprune",
+            "keep_ratio": 0.25,
+            "encoder_keep_ratio": ratio,
+            "video_pooling": False,
+        }
         model = tiny_model(**pruning)
         kept.append(model.select_tokens(**inputs_of(tiny_processor(**pruning), "video"))[0].kept)
     assert kept[0].shape == kept[1].shape and not torch.equal(*kept)
@@ -132,7 +137,7 @@ def test_merging_in_the_encoder_needs_a_layer():
 # -- relevance -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "relevance" in method.needs])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "relevance" in method.required_signals])
 def test_the_question_moves_the_selection(method, text_tower):
     for relevance in RELEVANCES:
         pruning = {"method": method, "keep_ratio": 0.25, "relevance": relevance, "alpha": 5.0, "text_tower": text_tower}
@@ -174,11 +179,11 @@ def decoder_layer(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_attention_rows_equal_slow_reference(kind):
+def test_attention_affinity_equals_slow_reference(kind):
     torch.manual_seed(0)
     layer, words, tokens = decoder_layer(kind), torch.randn(3, 32), torch.randn(2, 10, 32)
     attention, norm = layer.self_attn, layer.input_layernorm
-    rows = attention_rows(layer, words, tokens)
+    rows = attention_affinity(layer, words, tokens)
     identity = lambda values: values  # noqa: E731
     q_norm, k_norm = getattr(attention, "q_norm", identity), getattr(attention, "k_norm", identity)
     assert (kind == "qwen3") == (q_norm is not identity) and (kind == "qwen2") == (attention.q_proj.bias is not None)
@@ -194,11 +199,11 @@ def test_attention_rows_equal_slow_reference(kind):
     torch.testing.assert_close(relevance.amax(1), torch.ones(2))
 
 
-def test_word_rows():
+def test_word_affinity():
     words, tokens = torch.eye(3)[:2], torch.eye(3)[None] * 5
-    rows = word_rows(words, tokens)
+    rows = word_affinity(words, tokens)
     torch.testing.assert_close(rows, torch.eye(3)[None, :2].double())  # exp(-1 / 0.02) is nothing
-    stacked = stack_rows([rows, rows[:, :1]])
+    stacked = stack_affinity([rows, rows[:, :1]])
     assert stacked.shape == (2, 2, 3) and stacked[1, 1].tolist() == [0, 0, 0]
 
 
@@ -232,7 +237,7 @@ def test_relevance_layers_differ():
     assert not torch.equal(*kept)
 
 
-@pytest.mark.parametrize("scope, video, image", [("frame", 4, 2), ("video", 1, 2), ("medium", 1, 1)])
+@pytest.mark.parametrize("scope, video, image", [("frame", 4, 2), ("video", 1, 2), ("item", 1, 1)])
 def test_scope(scope, video, image):
     """How many sets share a budget: of 4 frames, and of a base view with tiles."""
     pruning = {"scope": scope, "keep_ratio": 0.25}

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from rediprune.inputs_text_tower import question_segments
 from rediprune.ops_query import build_query
 from rediprune.ops_relevance import (
+    attention_affinity,
     attention_by_head,
     attention_relevance,
-    attention_rows,
     clip_relevance,
     cosine_relevance,
-    word_rows,
+    word_affinity,
 )
 from rediprune.ops_tokens import group_means, group_sizes, nearest_kept
 from rediprune.vision_joint_space import JointSpace
@@ -28,7 +28,7 @@ def test_the_largest_of_all_heads_counts():
     layer = tiny_model().model.language_model.layers[0]
     generator = torch.Generator().manual_seed(0)
     words, tokens = torch.randn(3, 32, generator=generator), torch.randn(2, 9, 32, generator=generator)
-    heads, rows = attention_by_head(layer, words, tokens), attention_rows(layer, words, tokens)
+    heads, rows = attention_by_head(layer, words, tokens), attention_affinity(layer, words, tokens)
     assert torch.equal(rows, torch.stack([heads[:, head] for head in range(4)]).amax(0))
     assert not torch.allclose(rows, heads.mean(1))
 
@@ -47,7 +47,7 @@ def test_sums_are_not_in_half_precision(dtype, autocast):
     nearest = torch.arange(18).view(2, 9) % 4
     layer = tiny_model().model.language_model.layers[0]
     compute = {
-        "word_rows": lambda words, tokens, queries: word_rows(words, tokens),
+        "word_affinity": lambda words, tokens, queries: word_affinity(words, tokens),
         "cosine_relevance": lambda words, tokens, queries: cosine_relevance(tokens, queries),
         "clip_relevance": lambda words, tokens, queries: clip_relevance(tokens, queries),
         "build_query": lambda words, tokens, queries: build_query(words),
@@ -89,7 +89,7 @@ def test_segments_of_padding_do_not_count(text_tower):
 
 def test_merging_is_in_fp32():
     """Of features in half precision: the mean of the group, and the part of the way to it."""
-    pruning = {"method": "rediprune_plus", "keep_ratio": 0.1, "merging": 0.3}
+    pruning = {"method": "rediprune_plus", "keep_ratio": 0.1, "merge_weight": 0.3}
     model, processor = tiny_model(**pruning).to(torch.bfloat16), tiny_processor(**pruning)
     inputs = processor(text="USER: <video>\nwhere is the star ? ASSISTANT:", videos=random_video()).to(torch.bfloat16)
     (tokens,), (medium,) = shown(model, inputs), model.select_tokens(**inputs)

@@ -396,7 +396,7 @@ def test_groups_and_single_rows_select_the_same(selection, alpha, with_query, ro
 @pytest.mark.parametrize("num_tokens, num_features, num_kept, rows", [
     (144, 1024, 22, True), (144, 1024, 36, False),  # a frame of a 7B model
     (1152, 1024, 115, True), (1152, 4096, 115, False), (1152, 4096, 30, True),  # 8 of them jointly: 4096 leave the cache
-    (288, 128, 32, True), (288, 128, 72, False),  # 8 frames of the embedded checkpoint
+    (288, 128, 32, True), (288, 128, 72, False),  # 8 frames of the tiny checkpoint
 ])  # fmt: skip
 def test_the_cheaper_way_is_taken(monkeypatch, num_tokens, num_features, num_kept, rows):
     assert rows_are_cheaper(num_tokens, num_features, num_kept) == rows

@@ -7,7 +7,6 @@ import re
 
 import pytest
 from places import ROOT
-from rediprune import configuration_rediprune as configuration
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
 from rediprune.methods_base import Method
 from rediprune.methods_distance import ReDiPrune
@@ -107,13 +106,15 @@ def test_the_table_of_keys_is_that_of_the_code():
     rows = [re.split(r"\s+\|\s+", line.strip("| ")) for line in section.splitlines() if line.startswith("| `")]
     found = {key.strip("`"): (json.loads(default.strip("`")), names) for key, default, names, *_ in rows}
     expected = {}
-    for key, setting in configuration.PruningConfig.settings().items():
+    for key, setting in PruningConfig.settings().items():
         names = [f"`{name}`" for name, method in METHODS.items() if key in method.parameters]
         expected[key] = (setting.default, ", ".join(names) or "all")
     assert found == expected
 
 
-@pytest.mark.parametrize("key, close", [("keepratio", "keep_ratio"), ("treshold", "threshold"), (3, None)])
+@pytest.mark.parametrize("key, close", [
+    ("keepratio", "keep_ratio"), ("treshold", "threshold"), ("merging", "merge_weight"), ("pooling", "video_pooling"), (3, None),
+])  # fmt: skip
 def test_an_unknown_key_is_told_what_may_be_meant(key, close):
     with pytest.raises(ValueError, match=f"unknown pruning key {key!r}; allowed keys: method, ") as error:
         PruningConfig.from_value({key: 1})

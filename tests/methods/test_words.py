@@ -6,7 +6,7 @@ import operator
 import pytest
 import torch
 from rediprune.inputs_words import content_words
-from rediprune.ops_relevance import word_rows
+from rediprune.ops_relevance import word_affinity
 from tiny import by_frame, random_image, random_video, shown, tiny_model, tiny_processor
 
 MMTOK = {"method": "mmtok", "keep_ratio": 0.25}
@@ -82,8 +82,8 @@ def test_the_method_covers_them_alone():
         inputs = processor(text="USER: <video>\nwhat colour is the star ? ASSISTANT:", videos=random_video())
         (tokens,) = shown(model, inputs)
         ids = torch.tensor(processor.tokenizer.convert_tokens_to_ids(ids.split()))
-        expected = word_rows(model.get_input_embeddings()(ids), tokens.projected) / len(ids)
-        torch.testing.assert_close(tokens.text_rows, expected)
+        expected = word_affinity(model.get_input_embeddings()(ids), tokens.projected) / len(ids)
+        torch.testing.assert_close(tokens.text_affinity, expected)
 
 
 def slow_mmtok(features, projected, words, num_kept):

@@ -26,7 +26,7 @@ DEFAULTS = {
     "distance": None,
     "time_weight": None,
     "proportional_attention": None,
-    "merging": None,
+    "merge_weight": None,
     "alpha": 0.5,
     "threshold": 0.0,
     "candidate_pool": "all",
@@ -34,7 +34,7 @@ DEFAULTS = {
     "query_weighting": "exponential",
     "query_max_tokens": 128,
     "encoder_keep_ratio": 0.5,
-    "pooling": "before",
+    "video_pooling": True,
     "positions": None,
     "seed": 0,
 }
@@ -52,7 +52,7 @@ REFUSED = [
     ("keep_ratio", True, r"a number in (0, 1]"),
     ("keep_ratio", None, r"a number in (0, 1]"),
     ("keep_ratio", 0.3j, "0.3j, but must be a number in (0, 1]"),
-    ("scope", "clip", "'frame', 'video', 'medium', or None"),
+    ("scope", "clip", "'frame', 'video', 'item', or None"),
     ("relevance_layer", 2**31, "an integer of at least 0 and below 2**31"),
     ("relevance_layer", -1, "an integer of at least 0"),
     ("relevance_layer", None, "an integer of at least 0"),
@@ -65,8 +65,8 @@ REFUSED = [
     ("time_weight", math.inf, "a number in [0, 1000000], or None"),
     ("proportional_attention", 1, "true or false, or None"),
     ("proportional_attention", "yes", "true or false, or None"),
-    ("merging", 1.1, "a number in [0, 1], or None"),
-    ("merging", True, "a number in [0, 1], or None"),
+    ("merge_weight", 1.1, "a number in [0, 1], or None"),
+    ("merge_weight", True, "a number in [0, 1], or None"),
     ("relevance", "clip", "text_tower is None; set text_tower to a CLIP checkpoint"),
     ("text_tower", "", "the Hub id or folder of a CLIP checkpoint, or None"),
     ("text_tower", True, "the Hub id or folder of a CLIP checkpoint, or None"),
@@ -90,7 +90,8 @@ REFUSED = [
     ("encoder_keep_ratio", 1.5, r"a number in (0, 1]"),
     ("encoder_keep_ratio", 0, r"a number in (0, 1]"),
     ("encoder_keep_ratio", "half", r"a number in (0, 1]"),
-    ("pooling", "after", "'before', 'skip'"),
+    ("video_pooling", "skip", "true or false"),
+    ("video_pooling", None, "true or false"),
     ("positions", "absolute", "'compact', 'original'"),
     ("seed", -1, "a non-negative integer"),
     ("seed", 0.5, "a non-negative integer"),
@@ -106,7 +107,7 @@ OTHER_THAN_DEFAULT = {
     "distance": "projected",
     "time_weight": 0.1,
     "proportional_attention": True,
-    "merging": 0.5,
+    "merge_weight": 0.5,
     "alpha": 1.25,
     "threshold": 0.25,
     "candidate_pool": "algorithm1",
@@ -114,7 +115,7 @@ OTHER_THAN_DEFAULT = {
     "query_weighting": "average",
     "query_max_tokens": 7,
     "encoder_keep_ratio": 0.75,
-    "pooling": "skip",
+    "video_pooling": False,
     "positions": "original",
     "seed": 3,
 }
@@ -244,7 +245,10 @@ def test_a_block_of_the_wrong_type(block, tmp_path):
             {"method": "evoprune_rediprune", "proportional_attention": True},
             "proportional_attention is True.*merges tokens inside.*leave proportional_attention at None",
         ),
-        ({"method": "evoprune", "merging": 0.2}, "merging is 0.2.*merges tokens inside.*leave merging at None"),
+        (
+            {"method": "evoprune", "merge_weight": 0.2},
+            "merge_weight is 0.2.*merges tokens inside.*leave merge_weight at None",
+        ),
         (
             {"words": "content", "relevance": "attention"},
             "words is 'content'.*relevance='attention' reads.*set words to 'all'",
@@ -265,7 +269,7 @@ def test_values_that_exclude_each_other(block, message):
 
 
 def test_an_open_key_is_the_methods_own():
-    own = ("scope", "relevance", "distance", "time_weight", "proportional_attention", "merging", "positions")
+    own = ("scope", "relevance", "distance", "time_weight", "proportional_attention", "merge_weight", "positions")
     resolved = lambda **block: tuple(PruningConfig(**block).resolved(key) for key in own)  # noqa: E731
     relevance = lambda method, **block: resolved(method=method, **block)[1]  # noqa: E731
     for method in ("cdpruner", "trim"):
@@ -274,7 +278,13 @@ def test_an_open_key_is_the_methods_own():
     assert relevance("rediprune", text_tower="me/clip") == "pooled"
     assert resolved() == ("frame", "pooled", "features", 0.0, False, 0.0, "compact")
     assert resolved(method="rediprune_plus") == ("video", "attention", "projected", 0.25, True, 0.3, "original")
-    closed = {"scope": "frame", "distance": "features", "time_weight": 0, "proportional_attention": False, "merging": 0}
+    closed = {
+        "scope": "frame",
+        "distance": "features",
+        "time_weight": 0,
+        "proportional_attention": False,
+        "merge_weight": 0,
+    }
     assert resolved(method="rediprune_plus", **closed) == ("frame", "attention", "features", 0, False, 0, "original")
 
 
@@ -378,7 +388,7 @@ BLOCKS = st.fixed_dictionaries(
         "alpha": st.floats(-1e6, 1e6) | st.integers(-5, 5),
         "query_weighting": st.sampled_from(["exponential", "self_attention", "middle_peak", "average", "none"]),
         "query_max_tokens": st.integers(1, 10**6),
-        "pooling": st.sampled_from(["before", "skip"]),
+        "video_pooling": st.booleans(),
         "positions": st.sampled_from(["compact", "original"]),
         "seed": st.integers(0, 2**63),
     },
@@ -432,13 +442,14 @@ def test_scalars_of_numpy_and_torch_are_the_numbers_that_they_hold(value, config
 
 def test_what_need_not_be_whole_is_a_float_and_what_must_be_is_not():
     block = PruningConfig(
-        keep_ratio=np.int64(1), alpha=2, time_weight=0, merging=torch.tensor(1), seed=np.int64(3), query_max_tokens=np.uint8(9),
+        keep_ratio=np.int64(1), alpha=2, time_weight=0, merge_weight=torch.tensor(1), seed=np.int64(3), query_max_tokens=np.uint8(9),
         proportional_attention=np.True_, method=np.str_("divprune"),
     )  # fmt: skip
     assert type(block.seed) is type(block.query_max_tokens) is int and block.proportional_attention is True
     assert type(block.method) is str
     assert all(
-        type(getattr(block, key)) is float for key in ("keep_ratio", "alpha", "time_weight", "merging", "threshold")
+        type(getattr(block, key)) is float
+        for key in ("keep_ratio", "alpha", "time_weight", "merge_weight", "threshold")
     )
     assert json.loads(json.dumps(block.to_dict())) == block.to_dict()
 

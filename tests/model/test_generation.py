@@ -25,7 +25,7 @@ MEDIA = {
 BLOCKS = {
     "all": {"keep_ratio": 1},
     "pruned": {"keep_ratio": 0.3},
-    "skip": {"keep_ratio": 0.15, "pooling": "skip"},
+    "skip": {"keep_ratio": 0.15, "video_pooling": False},
     "original": {"keep_ratio": 0.3, "positions": "original"},
     "plus": {"keep_ratio": 0.3, "method": "rediprune_plus"},
 }

@@ -182,8 +182,8 @@ def test_unpruned_outputs_in_every_form(model, stock, processor):
 
 @pytest.mark.parametrize("name", ["image", "mixed"])
 def test_nothing_pruned_without_pooling_keeps_the_image_layout(stock, name):
-    """`pooling="skip"` runs the own path at ratio 1 too: newlines and tile order must be the stock ones."""
-    processor, model = pruned(keep_ratio=1, pooling="skip")
+    """`video_pooling=False` runs the own path at ratio 1 too: newlines and tile order must be the stock ones."""
+    processor, model = pruned(keep_ratio=1, video_pooling=False)
     inputs = media_inputs(processor, name)
     outputs = model(**inputs)
     if name == "image":
@@ -200,7 +200,7 @@ BLOCKS = [
     {},
     {"keep_ratio": 0.5},
     {"keep_ratio": 0.01},
-    {"pooling": "skip"},
+    {"video_pooling": False},
     {"positions": "original"},
     {"query_weighting": "self_attention"},
     {"query_weighting": "middle_peak"},
@@ -241,7 +241,7 @@ def features_by_hand(model, inputs, pooling):
         sets.append([views[0][None], image.permute(1, 2, 0).flatten(0, 1)[None]])
     for video in inputs.get("pixel_values_videos", []):
         features = tower(video)
-        if pooling == "before":
+        if pooling:
             grid = features.unflatten(1, (SIDE, SIDE))
             features = (grid[:, ::2, ::2] + grid[:, 1::2, ::2] + grid[:, ::2, 1::2] + grid[:, 1::2, 1::2]).flatten(
                 1, 2
@@ -257,7 +257,7 @@ def test_placeholders_hold_the_kept_features_projected(block, name):
     inputs = media_inputs(processor, name)
     seen, outputs = seen_positions(model, inputs)
     kept = [*(outputs.image_kept_indices or ()), *(outputs.video_kept_indices or ())]
-    by_hand = features_by_hand(model, inputs, model.config.pruning.pooling)
+    by_hand = features_by_hand(model, inputs, model.config.pruning.video_pooling)
     assert len(kept) == len(by_hand)
     tokens = {IMAGE: [], VIDEO: []}
     for features, indices in zip(by_hand, kept):
@@ -288,7 +288,7 @@ def test_the_query_is_the_text_after_the_last_placeholder(weighting):
     inputs = processor(text="how many <video> where is the red star ? ASSISTANT :", videos=random_video())
     question = model.get_input_embeddings()(inputs["input_ids"][0][-4:])
     query = align_query(build_query(question, weighting)[None], 16)
-    (features,) = features_by_hand(model, inputs, "before")[0]
+    (features,) = features_by_hand(model, inputs, True)[0]
     expected = select_rediprune(features, query.expand(4, -1), KEPT, alpha=2.0)
     assert torch.equal(by_frame(model(**inputs).video_kept_indices[0]), expected)
 
@@ -376,7 +376,7 @@ def test_the_ratio_of_a_call(model):
         {},
         {"positions": "original"},
         {"method": "random"},
-        {"pooling": "skip"},
+        {"video_pooling": False},
         {"proportional_attention": True},
         {"method": "rediprune_plus", "keep_ratio": 0.3},
     ],
@@ -678,7 +678,7 @@ def test_tokens_stand_for_those_that_they_are_nearest_to(distance):
     compared = model.model.multi_modal_projector(features) if distance == "projected" else features
     nearest = nearest_kept(compared, kept)
     assert torch.equal(medium.token_sizes, group_sizes(nearest, kept.shape[1]).flatten())
-    model.config.pruning.merging = 0.25
+    model.config.pruning.merge_weight = 0.25
     (merged,) = model.select_tokens(**inputs)
     assert torch.equal(merged.kept, medium.kept) and torch.equal(merged.token_sizes, medium.token_sizes)
     expected = 0.75 * medium.tokens + 0.25 * group_means(features, nearest, kept.shape[1]).flatten(0, 1)
@@ -742,8 +742,8 @@ DECODING = [
     {"positions": "compact"},
     {"positions": "original"},
     {"method": "rediprune_plus", "keep_ratio": 0.3},
-    {"positions": "original", "pooling": "skip"},
-    {"proportional_attention": True, "scope": "medium"},
+    {"positions": "original", "video_pooling": False},
+    {"proportional_attention": True, "scope": "item"},
 ]
 
 

@@ -25,11 +25,11 @@ def report(tmp_path_factory):
 
 
 def test_placeholders(report):
-    counts = [report[mode]["placeholders"] for mode in ("unpruned", "before", "skip")]
+    counts = [report[mode]["placeholders"] for mode in ("unpruned", "pooled", "unpooled")]
     assert counts == [1152, 176, 688]
 
 
-@pytest.mark.parametrize("pooling, per_frame", [("before", 22), ("skip", 86)])
+@pytest.mark.parametrize("pooling, per_frame", [("pooled", 22), ("unpooled", 86)])
 def test_kept_tokens(report, pooling, per_frame):
     result = report[pooling]
     assert result["kept"] == [FRAMES * per_frame]

@@ -24,7 +24,7 @@ IMAGE_PART = {"type": "image", "image": random_image()}
 
 @pytest.fixture(scope="module")
 def embedded():
-    """The tokenizer of the embedded checkpoint, which reads every character, in the tiny processor."""
+    """The tokenizer of the tiny checkpoint, which reads every character, in the tiny processor."""
     processor = tiny_processor()
     processor.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(ROOT)
     processor.image_token_id, processor.video_token_id = processor.tokenizer.convert_tokens_to_ids(

@@ -141,10 +141,10 @@ def test_image_counts_follow_the_geometry(height, width, keep_ratio, method):
     assert count(inputs, IMAGE) == [expected_image_count((height, width), method=method, keep_ratio=keep_ratio)]
 
 
-@pytest.mark.parametrize("pooling, tokens", [("before", POOLED), ("skip", PATCHES)])
+@pytest.mark.parametrize("pooling, tokens", [(True, POOLED), (False, PATCHES)])
 @pytest.mark.parametrize("keep_ratio", [0.01, 0.15, 0.5, 0.99, 1])
 def test_video_counts_by_hand(pooling, tokens, keep_ratio):
-    processor = tiny_processor(pooling=pooling, keep_ratio=keep_ratio)
+    processor = tiny_processor(video_pooling=pooling, keep_ratio=keep_ratio)
     assert count(processor(text="<video>", videos=random_video(frames=3)), VIDEO) == [
         3 * max(1, round(keep_ratio * tokens))
     ]
@@ -154,7 +154,7 @@ def test_video_counts_by_hand(pooling, tokens, keep_ratio):
 @given(
     size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
     keep_ratio=st.floats(0.001, 1),
-    pooling=st.sampled_from(["before", "skip"]),
+    pooling=st.booleans(),
     frames=st.integers(1, 40),
 )
 def test_geometry_of_the_published_shapes(size, keep_ratio, pooling, frames):
@@ -165,8 +165,8 @@ def test_geometry_of_the_published_shapes(size, keep_ratio, pooling, frames):
     assert (base.frames, base.height, base.width) == (1, 24, 24)
     assert 0 <= tiles.height <= 72 and 0 <= tiles.width <= 72  # a line of pixels can leave no row of tokens
     pruning, unpruned = (
-        PruningConfig(keep_ratio=keep_ratio, pooling=pooling),
-        PruningConfig(keep_ratio=1, pooling=pooling),
+        PruningConfig(keep_ratio=keep_ratio, video_pooling=pooling),
+        PruningConfig(keep_ratio=1, video_pooling=pooling),
     )
     for layout in (image, LlavaNextVideoLayouts.video(frame, frames, pruning)):
         kept, full = (layout.num_placeholders(block) for block in (pruning, unpruned))
@@ -205,7 +205,9 @@ def test_pool_strides_that_are_none(stride):
     processor.spatial_pool_stride = stride
     with pytest.raises(ValueError, match=message):
         processor(text="<video>", videos=random_video())
-    unpooled = LlavaNextVideoLayouts.video(FrameSize(IMAGE_SIZE, SIDE, None, stride), 4, PruningConfig(pooling="skip"))
+    unpooled = LlavaNextVideoLayouts.video(
+        FrameSize(IMAGE_SIZE, SIDE, None, stride), 4, PruningConfig(video_pooling=False)
+    )
     assert unpooled.grids == ((4, SIDE, SIDE, 0),)
 
 
@@ -213,7 +215,7 @@ def test_pool_strides_that_are_none(stride):
     "size", [(MIN_HEIGHT, 1), (MIN_HEIGHT, 50 * MIN_HEIGHT), (50, 1), (32, 64), (40, 48), (100, 99)]
 )
 @pytest.mark.parametrize(
-    "pruning", [{}, {"keep_ratio": 0.5}, {"keep_ratio": 1}, {"method": "none"}, {"pooling": "skip"}]
+    "pruning", [{}, {"keep_ratio": 0.5}, {"keep_ratio": 1}, {"method": "none"}, {"video_pooling": False}]
 )
 def test_the_model_accepts_every_count(size, pruning):
     processor, model = tiny_processor(**pruning), tiny_model(**pruning)
@@ -226,7 +228,7 @@ def test_the_model_accepts_every_count(size, pruning):
 
 
 @pytest.mark.parametrize(
-    "pruning", [{"keep_ratio": 1}, {"pooling": "skip"}, *({"method": method} for method in METHODS)], ids=str
+    "pruning", [{"keep_ratio": 1}, {"video_pooling": False}, *({"method": method} for method in METHODS)], ids=str
 )
 @pytest.mark.parametrize("keep_ratio", [None, 0.5])
 def test_counts_that_serving_engines_ask_for(pruning, keep_ratio):
@@ -730,7 +732,7 @@ def test_token_types_mark_the_placeholders(processor):
 @pytest.fixture
 def folder(tmp_path):
     tiny_processor(keep_ratio=0.9).save_pretrained(tmp_path)
-    tiny_config(pruning={"keep_ratio": 0.4, "pooling": "skip"}).save_pretrained(tmp_path)
+    tiny_config(pruning={"keep_ratio": 0.4, "video_pooling": False}).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -739,13 +741,13 @@ def test_pruning_comes_from_the_config_alone(folder):
         assert file.name == "config.json" or "pruning" not in file.read_text(), file.name
         assert file.name == "config.json" or "spatial_pool_stride" not in file.read_text(), file.name
     processor = ReDiPruneProcessor.from_pretrained(folder)
-    assert processor.pruning == PruningConfig(keep_ratio=0.4, pooling="skip")
+    assert processor.pruning == PruningConfig(keep_ratio=0.4, video_pooling=False)
     assert count(processor(text="<video>", videos=random_video()), VIDEO) == [4 * round(0.4 * PATCHES)]
 
 
 def test_pruning_given_while_loading_is_merged(folder):
     processor = ReDiPruneProcessor.from_pretrained(folder, pruning={"keep_ratio": 0.2})
-    assert processor.pruning == PruningConfig(keep_ratio=0.2, pooling="skip")
+    assert processor.pruning == PruningConfig(keep_ratio=0.2, video_pooling=False)
     with pytest.raises(ValueError, match="unknown pruning key 'ratio'"):
         ReDiPruneProcessor.from_pretrained(folder, pruning={"ratio": 0.2})
 
@@ -754,7 +756,7 @@ def test_the_pool_stride_comes_from_the_config(folder):
     content = json.loads((folder / "config.json").read_text())
     content["spatial_pool_stride"] = 4
     (folder / "config.json").write_text(json.dumps(content))
-    processor = ReDiPruneProcessor.from_pretrained(folder, pruning={"pooling": "before", "keep_ratio": 1})
+    processor = ReDiPruneProcessor.from_pretrained(folder, pruning={"video_pooling": True, "keep_ratio": 1})
     assert count(processor(text="<video>", videos=random_video()), VIDEO) == [4 * PATCHES // 16]
 
 
@@ -774,7 +776,7 @@ def test_a_geometry_that_is_none_is_refused_where_it_is_set(folder, key, value):
 
 
 def test_a_loaded_processor_does_the_same(folder):
-    saved, loaded = tiny_processor(keep_ratio=0.4, pooling="skip"), ReDiPruneProcessor.from_pretrained(folder)
+    saved, loaded = tiny_processor(keep_ratio=0.4, video_pooling=False), ReDiPruneProcessor.from_pretrained(folder)
     media = {"text": "<image> where <video>", "images": random_image(), "videos": random_video(frames=9)}
     first, second = saved(**media), loaded(**media)
     # 4.57 loads the fast image processor, as 5.x has it; the slow one that was saved rounds pixels differently.

@@ -81,10 +81,10 @@ def main(report: str) -> None:
     media = {"text": "<video> where is it", "videos": video}
     unpruned = processor(**media, keep_ratio=1)["input_ids"]
     result["unpruned"] = {"placeholders": int((unpruned == config.video_token_id).sum())}
-    for pooling in ("before", "skip"):
-        model.config.pruning = {"pooling": pooling}
+    for name, pooling in (("pooled", True), ("unpooled", False)):
+        model.config.pruning = {"video_pooling": pooling}
         processor.pruning = model.config.pruning
-        result[pooling] = measure(model, processor(**media), config.video_token_id)
+        result[name] = measure(model, processor(**media), config.video_token_id)
     image = Image.fromarray(generator.integers(0, 256, (336, 672, 3), dtype=np.uint8))
     inputs = processor(text="<image> where is it", images=image)
     result["image"] = measure(model, inputs, config.image_token_id)

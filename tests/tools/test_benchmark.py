@@ -142,12 +142,12 @@ def test_inputs_are_the_same_for_every_setting(tiny):
 
 
 def test_poolings_batches_and_frames_are_groups_of_their_own(tiny, monkeypatch, capsys):
-    arguments = ["--pooling", "before", "skip", "--batch", 1, 2, "--ratios", 0.25, "--repeats", 1, "--json"]
+    arguments = ["--video-pooling", "true", "false", "--batch", 1, 2, "--ratios", 0.25, "--repeats", 1, "--json"]
     call(monkeypatch, *QUICK, *arguments)
     report = json.loads(capsys.readouterr().out)
-    per_sample = {"before": 2 * POOLED, "skip": 2 * PATCHES}
+    per_sample = {True: 2 * POOLED, False: 2 * PATCHES}
     for row, short in zip(report["rows"], report["summary"]):
-        whole = per_sample[row["pooling"]]
+        whole = per_sample[row["video_pooling"]]
         assert row["visual_tokens"] == (whole if row["method"] == "unpruned" else whole // 4)
         assert short["answers_per_second"] == row["batch"] / row["samples"]["end to end"][0]
     assert [row["method"] for row in report["rows"]] == ["unpruned", "rediprune"] * 4
@@ -205,7 +205,7 @@ def test_a_prompt_that_is_too_long_is_a_row(tiny, monkeypatch, capsys):
     (["--methods", "none"], "--methods none: no such pruning method"),
     (["--ratios", 0.5, 1.5], "--ratios 1.5: a keep ratio lies between 0 and 1"),
     (["--ratios", "nan"], "--ratios nan: a keep ratio lies between 0 and 1"),
-    (["--pooling", "after"], "--pooling after: choose of before, skip"),
+    (["--video-pooling", "after"], "--video-pooling after: must be true or false"),
     (["--batch", 0], "--batch 0: must be at least 1"),
     (["--new-tokens", 0], "--new-tokens 0: must be at least 1"),
     (["--repeats", 0], "--repeats 0: must be at least 1"),
@@ -365,7 +365,7 @@ def test_a_tie_for_one_implementation_alone():
 def test_layers_that_were_left_out_are_scaled():
     samples = {"selection": [0.6], "projector": [0.0], "vision encoder": [0.4], "other": [0.0]}
     rows = [
-        {"method": method, "keep_ratio": ratio, "frames": 8, "pooling": "before", "batch": 1, "error": None,
+        {"method": method, "keep_ratio": ratio, "frames": 8, "video_pooling": True, "batch": 1, "error": None,
          "operations": {"prefill": prefill}, "paper_prefill_multiply_adds": prefill,
          "samples": {**samples, "prefill": [prefill], "decode": [0.5], "end to end": [1 + prefill + 2 * 0.5]}}
         for method, ratio, prefill in (("unpruned", 1.0, 4.0), ("rediprune", 0.25, 1.0))

@@ -204,18 +204,16 @@ def test_what_the_tower_is_asked_for_is_part_of_what_is_remembered(loaded):
 
 def test_nobody_measures_on_scenes_that_training_or_choices_were_made_on(monkeypatch, tmp_path):
     import relevance_study
-    import train_embedded
+    import train_tiny
 
     monkeypatch.setattr(sys, "argv", ["relevance_study.py", "--output", str(tmp_path / "a")])
     study = relevance_study.parse_arguments()
     chosen_on = range(study.first_scene, study.first_scene + study.scenes)
-    followed = range(
-        train_embedded.FOLLOWED_SCENES.start, train_embedded.FOLLOWED_SCENES.stop + 1000
-    )  # README: final 1000
+    followed = range(train_tiny.FOLLOWED_SCENES.start, train_tiny.FOLLOWED_SCENES.stop + 1000)  # README: final 1000
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(tmp_path / "a")])
     tables = importlib.import_module("evaluate").parse_arguments()
     tables = range(tables.first_scene, tables.first_scene + tables.scenes)
-    groups = [train_embedded.TRAINING_SCENES, followed, tables, chosen_on]
+    groups = [train_tiny.TRAINING_SCENES, followed, tables, chosen_on]
     assert all(first.stop <= second.start for first, second in zip(groups, groups[1:]))
 
     small = Questions("image", 2, first_scene=tables.start)

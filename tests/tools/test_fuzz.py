@@ -38,7 +38,7 @@ def test_a_case_follows_from_its_number_and_the_draw_reaches_everything():
     assert [case.as_record() for case in cases[:9]] == [draw_case(1, number).as_record() for number in range(9)]
     assert draw_case(2, 0).as_record() != cases[0].as_record()
     assert {case.pruning["method"] for case in cases} == set(METHODS) and {case.cache for case in cases} == set(CACHES)
-    for key in ("scope", "relevance", "positions", "proportional_attention", "merging", "pooling", "words"):
+    for key in ("scope", "relevance", "positions", "proportional_attention", "merge_weight", "video_pooling", "words"):
         assert len({case.pruning.get(key) for case in cases}) > 2, key
     assert {case.padding_side for case in cases} == {"left", "right"}
     kinds = {tuple(sorted(part.kind for part in row if part.kind != "text")) for case in cases for row in case.rows}

@@ -1,4 +1,4 @@
-"""The command-line tools and the embedded checkpoint, through the same calls that a user makes."""
+"""The command-line tools and the tiny checkpoint, through the same calls that a user makes."""
 
 import importlib.util
 import json
@@ -37,12 +37,12 @@ def loaded():
     return model, transformers.AutoProcessor.from_pretrained(ROOT, trust_remote_code=True)
 
 
-def test_the_embedded_checkpoint_is_small(loaded):
+def test_the_tiny_checkpoint_is_small(loaded):
     assert (ROOT / "model.safetensors").stat().st_size < 10 * 2**20
 
 
 @torch.inference_mode()
-def test_unpruned_the_embedded_checkpoint_answers_the_sample_questions(loaded):
+def test_unpruned_the_tiny_checkpoint_answers_the_sample_questions(loaded):
     model, processor = loaded
     right = []
     for name, questions in QUESTIONS.items():
@@ -134,7 +134,7 @@ WRITERS = {
     "lmms_table": ["--output", "OUTPUT", "a=missing"],
     "make_lmms_task": ["--output", "OUTPUT"],
     "make_samples": ["--output", "OUTPUT"],
-    "train_embedded": ["--work-dir", "WORK", "--output", "OUTPUT"],
+    "train_tiny": ["--work-dir", "WORK", "--output", "OUTPUT"],
 }
 NO_WRITERS = {
     "bootstrap",

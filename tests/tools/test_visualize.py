@@ -59,7 +59,7 @@ class Case:
 
 @pytest.mark.parametrize("media", [VIDEO, IMAGE, IMAGES], ids=["video", "image", "images"])
 @pytest.mark.parametrize(
-    "setting", ["rediprune", "rediprune_plus", "divprune", "prumerge_plus", "rediprune,pooling=skip"]
+    "setting", ["rediprune", "rediprune_plus", "divprune", "prumerge_plus", "rediprune,video_pooling=false"]
 )
 def test_prompts_are_those_of_the_processor(loaded, media, setting):
     case = Case(loaded, media, setting)
@@ -73,7 +73,16 @@ def test_prompts_are_those_of_the_processor(loaded, media, setting):
 @pytest.mark.parametrize("media", [VIDEO, IMAGE, IMAGES], ids=["video", "image", "images"])
 @pytest.mark.parametrize(
     "setting",
-    ["rediprune", "rediprune_plus", "divprune", "visionzip", "trim", "random", "mmtok", "rediprune,pooling=skip"],
+    [
+        "rediprune",
+        "rediprune_plus",
+        "divprune",
+        "visionzip",
+        "trim",
+        "random",
+        "mmtok",
+        "rediprune,video_pooling=false",
+    ],
 )
 def test_a_trace_says_what_the_model_keeps(loaded, media, setting):
     case = Case(loaded, media, setting)
@@ -154,7 +163,7 @@ def test_what_a_method_looks_at_is_at_its_token(loaded, media):
     names = {
         "rediprune_plus": "relevance",
         "visionzip": "cls_attention",
-        "mmtok": "text_rows",
+        "mmtok": "text_affinity",
         "uniform": None,
         "evoprune": None,
     }

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from toy_world import IMAGE_SIZES, object_map, sample_image, sample_video
-from train_embedded import (
+from train_tiny import (
     EOS,
     IMAGE,
     VIDEO,

@@ -1,4 +1,4 @@
-"""Trains the embedded checkpoint: a small LLaVA-NeXT-Video that answers questions about the toy world.
+"""Trains the tiny checkpoint: a small LLaVA-NeXT-Video that answers questions about the toy world.
 
 Everything starts from random weights and runs on two CPU cores in little more than an hour. Two stages, each resumable:
 
@@ -10,8 +10,8 @@ Everything starts from random weights and runs on two CPU cores in little more t
 The model always sees all visual tokens: pruning is training-free, so the checkpoint must not have met it.
 
 Examples:
-    python scripts/train_embedded.py --work-dir runs/embedded --output runs/embedded/export
-    python scripts/train_embedded.py --work-dir runs/quick --output runs/quick/export \\
+    python scripts/train_tiny.py --work-dir runs/tiny --output runs/tiny/export
+    python scripts/train_tiny.py --work-dir runs/quick --output runs/quick/export \\
         --vision-steps 200 --language-steps 600 --frame-steps 200
 
 A killed run goes on where it stopped when it is started again with the same arguments.
@@ -124,7 +124,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def build_config(tokenizer: Tokenizer) -> LlavaNextVideoConfig:
-    """The stock configuration of the embedded checkpoint: about 2.3 M parameters."""
+    """The stock configuration of the tiny checkpoint: about 2.3 M parameters."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
