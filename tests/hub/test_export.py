@@ -92,7 +92,7 @@ def test_every_key_of_the_pruning_block_has_an_option(base, tmp_path):
 
 @pytest.mark.parametrize("method", export.configuration.METHODS)
 def test_the_card_says_what_the_method_does(method, base, tmp_path):
-    config = {"pruning": {"method": method, "keep_ratio": 0.125}}
+    config = {"model_type": "rediprune_llava_next_video", "pruning": {"method": method, "keep_ratio": 0.125}}
     export.write_card(tmp_path, "me/name", "you/base", base, config, "command")
     card = (tmp_path / "README.md").read_text()
     kept = {"prumerge_plus": "325 stay", "none": "all of them stay"}.get(method, "72 stay")
@@ -101,9 +101,10 @@ def test_the_card_says_what_the_method_does(method, base, tmp_path):
 
 def test_the_card_takes_the_licence_of_the_base(base, tmp_path):
     (tmp_path / "base").mkdir()
+    config = {"model_type": "rediprune_llava", "pruning": {}}
     licence = ["license: other", "license_name: some-terms", "license_link: LICENSE.txt"]
     (tmp_path / "base" / "README.md").write_text("\n".join(["---", "language: en", *licence, "---", "license: none"]))
-    export.write_card(tmp_path, "me/name", "you/base", tmp_path / "base", {"pruning": {}}, "command")
+    export.write_card(tmp_path, "me/name", "you/base", tmp_path / "base", config, "command")
     card = (tmp_path / "README.md").read_text()
     assert all(f"\n{line}\n" in card for line in licence) and "Licence: some-terms." in card
 
