@@ -53,3 +53,25 @@ def _causal_mask(padding: Optional[torch.Tensor], tokens: torch.Tensor, cache, c
         padding = padding[:, :total].to(tokens.device).bool()
         visible = visible & F.pad(padding, (0, length - total))[:, None, None]
     return visible.expand(len(tokens), -1, -1, -1)
+
+
+def check_attention(text_config, pruning) -> None:
+    """Raises ValueError where the attention of the language model cannot do what the pruning block of a call asks for."""
+    # Read where it is used: flash attention takes gaps between positions for the borders of packed sequences.
+    attention = text_config._attn_implementation or ""
+    if pruning.resolved("positions") == "original" and "flash" in attention:
+        raise ValueError(
+            f"positions='original' does not work with attn_implementation={attention!r}, which reads gaps between "
+            "positions as packed sequences; load the model with attn_implementation='sdpa'."
+        )
+    if pruning.resolved("proportional_attention"):
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"proportional_attention adds to the logits of attention, which attn_implementation={attention!r} does "
+                "not allow; load the model with attn_implementation='sdpa'."
+            )
+        if getattr(text_config, "sliding_window", None):
+            raise ValueError(
+                "proportional_attention works with full attention alone, but the language model has sliding_window="
+                f"{text_config.sliding_window}; set proportional_attention to false."
+            )

@@ -9,7 +9,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_rediprune import PruningConfig
-from .core_attention import biased_mask
+from .core_attention import biased_mask, check_attention
 from .core_cache import CACHE_NAME, TokenRecord, all_sizes, cached_tokens, one_cache, read_record, write_record
 from .core_items import check_pixels, place_items, tokens_by_place
 from .core_layout import FrameSize
@@ -317,24 +317,7 @@ class PrunedForwardMixin:
         if not pruning.prunes:
             return pruning
         self.config.check_method(pruning)
-        # Read where it is used: flash attention takes gaps between positions for the borders of packed sequences.
-        attention = self.config.text_config._attn_implementation or ""
-        if pruning.resolved("positions") == "original" and "flash" in attention:
-            raise ValueError(
-                f"positions='original' does not work with attn_implementation={attention!r}, which reads gaps between "
-                "positions as packed sequences; load the model with attn_implementation='sdpa'."
-            )
-        if pruning.resolved("proportional_attention"):
-            if attention not in ("sdpa", "eager"):
-                raise ValueError(
-                    f"proportional_attention adds to the logits of attention, which attn_implementation={attention!r} does "
-                    "not allow; load the model with attn_implementation='sdpa'."
-                )
-            if getattr(self.config.text_config, "sliding_window", None):
-                raise ValueError(
-                    "proportional_attention works with full attention alone, but the language model has sliding_window="
-                    f"{self.config.text_config.sliding_window}; set proportional_attention to false."
-                )
+        check_attention(self.config.text_config, pruning)
         return pruning
 
     def _question(self, pruning, embeds, is_question, input_ids, clip_ids, clip_mask, word_ids) -> Question:
@@ -392,7 +375,7 @@ class PrunedForwardMixin:
             if values is not None and kind not in self.layout_class.kinds:
                 raise ValueError(f"{type(self).__name__} takes no {kind}s, but pixels of {len(values)} were passed.")
         images = pixels["image"]
-        if images is None or "image_grid_pinpoints" not in self.config.to_dict():
+        if images is None or self.frame_size.pinpoints is None:
             return
         if image_sizes is None:
             raise ValueError(
