@@ -41,64 +41,44 @@ if TYPE_CHECKING:
     from .ops_tokens import MIN_NORM  # noqa: F401
 
 
-class ReDiPruneLlavaProcessor(PrunedProcessorMixin, LlavaProcessor):
+class _ImagesAlone(PrunedProcessorMixin):
+    """What processors without videos have before the stock class."""
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        image_token="<image>",
+        num_additional_image_tokens=0,
+        pruning=None,
+        **kwargs,
+    ):
+        super().__init__(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+        self.set_pruning(pruning)
+
+
+class ReDiPruneLlavaProcessor(_ImagesAlone, LlavaProcessor):
     """[`LlavaProcessor`] that writes one placeholder for each visual token that stays ([`PrunedProcessorMixin`])."""
 
     config_class, layout_class = ReDiPruneLlavaConfig, LlavaLayouts
 
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
-        patch_size=None,
-        vision_feature_select_strategy=None,
-        image_token="<image>",
-        num_additional_image_tokens=0,
-        pruning=None,
-        **kwargs,
-    ):
-        super().__init__(
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
-        self.set_pruning(pruning)
 
-
-class ReDiPruneLlavaNextProcessor(PrunedProcessorMixin, LlavaNextProcessor):
+class ReDiPruneLlavaNextProcessor(_ImagesAlone, LlavaNextProcessor):
     """[`LlavaNextProcessor`] that writes one placeholder for each visual token that stays ([`PrunedProcessorMixin`])."""
 
     config_class, layout_class = ReDiPruneLlavaNextConfig, LlavaNextLayouts
-
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
-        patch_size=None,
-        vision_feature_select_strategy=None,
-        image_token="<image>",
-        num_additional_image_tokens=0,
-        pruning=None,
-        **kwargs,
-    ):
-        super().__init__(
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
-        self.set_pruning(pruning)
 
 
 class ReDiPruneProcessor(PrunedProcessorMixin, LlavaNextVideoProcessor):
