@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from families import FAMILIES, FRAMES, placed, row_of, stock_inputs
+from rediprune.methods_base import Method
 from rediprune.methods_registry import METHODS
 from tiny import PATCHES, random_image, random_video
 
@@ -75,18 +76,39 @@ def test_a_row_alone_is_the_row_in_a_batch_with(family, block):
 
 @EVERY_FAMILY
 @EVERY_METHOD
-def test_as_many_tokens_as_placeholders_and_each_is_one_of_the_encoder(family, method):
+def test_kept_tokens_are_those_of_the_encoder_at_the_placeholders(family, method):
     if not usable(family, method):
         return
     processor, model = pair(family, method=method, keep_ratio=0.2)
     for index in range(len(family.prompts())):
         inputs = family.inputs(processor, index)
-        outputs = model(**inputs)
+        outputs, items = model(**inputs), model.select_tokens(**inputs)
         assert outputs.logits.isfinite().all()
         for kind in family.kinds:
-            token = getattr(model.config, f"{kind}_token_id")
+            of_kind = [item for item in items if item.kind == kind]
             kept = getattr(outputs, f"{kind}_kept_indices") or ()
+            assert len(kept) == len(of_kind) and all(map(torch.equal, kept, [item.kept for item in of_kind]))
+            token = getattr(model.config, f"{kind}_token_id")
             assert sum(map(len, kept)) == (inputs["input_ids"] == token).sum()
+        for item in items:
+            features = torch.cat([signals["features"].flatten(0, 1) for signals in item.sets])
+            assert len(item.tokens) == len(item.kept) and item.tokens.isfinite().all()
+            if type(METHODS[method]).reduce is Method.reduce and method not in MERGING and method != "rediprune_plus":
+                assert torch.equal(item.tokens, features[item.kept])
+
+
+@EVERY_FAMILY
+def test_all_tokens_on_the_way_of_pruning_are_the_stock_model(family):
+    """A ratio just below 1 prunes nothing away but the newlines after rows of tiles, where there are any."""
+    processor, model = pair(family, method="uniform", keep_ratio=0.9999)
+    stock = family.stock_twin(model)
+    for index in range(len(family.prompts())):
+        inputs = family.inputs(processor, index)
+        layouts = [item.layout for item in model.select_tokens(**inputs)]
+        if not any(layout.row_newlines for layout in layouts):
+            expected = stock(**stock_inputs(family, inputs)).logits
+            torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
+            assert model.config.pruning.prunes
 
 
 @EVERY_FAMILY
