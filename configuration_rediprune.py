@@ -1,4 +1,4 @@
-"""Configuration: what can be set, checked when it is set."""
+"""Configuration: the pruning block, checked when it is set, and the config class of every family."""
 
 import difflib
 from typing import TYPE_CHECKING, Optional
@@ -7,6 +7,7 @@ from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, Vid
 
 from .hub_files import code_in_place
 from .hub_untrusted import names_folder, resolve_folder
+from .hub_versions import register_for_serving
 from .methods_registry import METHODS
 from .methods_settings import collect_settings, is_whole, shown
 
@@ -186,7 +187,7 @@ class PruningConfig:
         )
 
     def count(self, num_tokens: int) -> int:
-        """How many of the `num_tokens` tokens of one set (a frame, an image view, or a whole medium) stay."""
+        """How many of the `num_tokens` tokens of one set (a frame, an image view, or all tokens of an item) stay."""
         return METHODS[self.method].count(num_tokens, self) if self.prunes and num_tokens else num_tokens
 
     def to_dict(self) -> dict:
@@ -305,7 +306,7 @@ class PrunedConfigMixin:
 
     @classmethod
     def auto_map_of_class(cls) -> dict:
-        """Written into every saved config.json: `register_for_auto_class` alone would keep one model entry, the last."""
+        """The `auto_map` in every saved config.json: `register_for_auto_class` alone would keep one model entry, the last."""
         model = f"{cls.model_file}.{cls.model_class}"
         return {
             "AutoConfig": f"configuration_rediprune.{cls.__name__}",
@@ -381,15 +382,6 @@ CONFIGS = {
     for cls in (ReDiPruneConfig, ReDiPruneLlavaConfig, ReDiPruneLlavaNextConfig, ReDiPruneVideoLlavaConfig)
 }
 
-try:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-except ImportError:  # 4.57
-    pass
-else:
-    # `transformers serve` loads a model type that is listed here through the Auto class, which follows `auto_map`, and every
-    # other one by the name of its class in the library, where there is none.
-    for cls in CONFIGS.values():
-        MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(cls.model_type, cls.model_class)
-
 for cls in CONFIGS.values():
+    register_for_serving(cls.model_type, cls.model_class)
     cls.register_for_auto_class()  # so that saving copies this file and those that it imports

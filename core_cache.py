@@ -4,16 +4,11 @@ Both are kept token by token and row by row in one more layer of the cache itsel
 is done to a cache (crop, select, repeat, reorder, reset, copy, offload) is done to them, too.
 """
 
-from dataclasses import fields
 from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer, StaticLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-
-# transformers 5.24 gave the cache a shorter name, in arguments and outputs alike.
-CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 class TokenRecord(NamedTuple):

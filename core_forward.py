@@ -10,12 +10,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_rediprune import PruningConfig
 from .core_attention import biased_mask, check_attention
-from .core_cache import CACHE_NAME, TokenRecord, all_sizes, cached_tokens, one_cache, read_record, write_record
+from .core_cache import TokenRecord, all_sizes, cached_tokens, one_cache, read_record, write_record
 from .core_items import check_pixels, place_items, tokens_by_place
 from .core_layout import FrameSize
 from .core_positions import check_context, unpruned_columns, warn_beyond_context
 from .core_pruner import Pruner
 from .core_question import Question, check_masks, question_mask
+from .hub_versions import CACHE_NAME
 
 
 @dataclass

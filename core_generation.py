@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from transformers import StaticCache
 
-from .core_cache import CACHE_NAME, cached_tokens, one_cache
+from .core_cache import cached_tokens, one_cache
 from .core_items import expanded_order, place_items
+from .hub_versions import CACHE_NAME
 
 IMAGE_NAMES = ("pixel_values", "pixel_values_images")
 PIXEL_NAMES = (*IMAGE_NAMES, "pixel_values_videos")

@@ -8,12 +8,13 @@ import re
 
 import numpy as np
 import torch
-from transformers import BatchFeature, LlavaNextVideoProcessor
+from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from .configuration_rediprune import PruningConfig
 from .core_layout import FrameSize, check_pinpoints
 from .hub_files import code_in_place, make_portable, whole_files
+from .hub_versions import TRANSFORMERS_4
 from .inputs_chat import contents_as_lists, plain_messages, plain_text, plain_tools
 from .inputs_download import MAX_BYTES, TIMEOUT, download
 from .inputs_media import is_empty
@@ -21,8 +22,6 @@ from .inputs_reading import check_prompts, read_images, sample_videos
 from .inputs_text_tower import question_segments
 from .inputs_tokenizing import OneAtATime
 from .inputs_words import content_words
-
-TRANSFORMERS_4 = not hasattr(LlavaNextVideoProcessor, "_process_videos")
 
 
 class PrunedProcessorKwargs(ProcessingKwargs, total=False):

@@ -1,4 +1,4 @@
-"""What is saved, in files that transformers 4.57 and 5.x both read, whichever of the two wrote them."""
+"""Saved files in a form that transformers 4.57 and 5.x both read, whichever of the two wrote them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ def make_portable(folder, processor_class: str, auto_map: dict) -> None:
     Rewrites the processor and tokenizer files of a folder in place, in the form that both lines read.
 
     5.x writes image and video processor into `processor_config.json` and names a tokenizer class of its own; 4.57 needs a
-    file for each and a class that it knows. Both need the name of the processor's class and where its code is.
+    file for each and a class of its own library. Both need the name of the processor's class and where its code is.
 
     Args:
         folder: the folder with the files.

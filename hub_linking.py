@@ -1,4 +1,4 @@
-"""Linked variants: code, config and processor are in the variant, the weights where `weights_from` in config.json says."""
+"""Linked variants: code, config and processor are in the variant, the weights at `weights_from` in config.json."""
 
 import copy
 import zlib
@@ -60,7 +60,7 @@ def follow_link(config_class, variant, kwargs: dict) -> tuple:
     generation_config = copy.deepcopy(kwargs.get("generation_config")) or own_generation_config(variant, config, hub)
     config.weights_from = resolve_folder("weights_from", config.weights_from, variant)
     config._commit_hash = None  # of the variant
-    with explained(config, variant):
+    with errors_about_base(config, variant):
         files = find_weights(config, hub, kwargs.get("variant"))
     done = (*PLACE_KEYS, "_commit_hash", "variant", "trust_remote_code")
     rest = {key: value for key, value in rest.items() if key not in done}
@@ -114,8 +114,8 @@ def unlinked(config):
 
 
 @contextmanager
-def explained(config, variant):
-    """Says of an OSError inside that it is about the base of a linked variant."""
+def errors_about_base(config, variant):
+    """Turns an OSError inside into one that names the base of the linked variant, and the remedy."""
     try:
         yield
     except OSError as error:
@@ -128,8 +128,8 @@ def explained(config, variant):
 
 
 @contextmanager
-def damage_explained(source):
-    """Turns the error of a safetensors file that is cut short into one that says what to do."""
+def errors_about_damage(source):
+    """Turns the error of a safetensors file that is cut short into an OSError that names its checkpoint, and the remedy."""
     try:
         yield
     except Exception as error:
@@ -155,7 +155,7 @@ def _hub_arguments(kwargs: dict) -> dict:
 
 def checksum_weights(model) -> dict:
     """
-    What every parameter holds, to notice when saving that a model was trained or changed in any other way.
+    Checksums of all parameters, to notice when saving that a model was trained or changed in any other way.
 
     Returns:
         `dict` of name -> `None` where the parameter is offloaded, else for each plain tensor that it consists of shape,
@@ -167,7 +167,7 @@ def checksum_weights(model) -> dict:
 
 
 def same_weights(model, checksums: dict) -> bool:
-    """Whether the parameters hold what they held when `checksums` were taken, on whatever device, and in whatever dtype
+    """Whether the parameters have the values of when `checksums` were taken, on whatever device, and in whatever dtype
     holds the same values."""
     parameters = dict(model.named_parameters())
     if parameters.keys() != checksums.keys():
@@ -199,7 +199,7 @@ def _is_same(parameter, checksums) -> bool:
 
 
 def _plain_tensors(tensor) -> list:
-    """The tensor itself, or what it consists of: this process's share under tensor parallelism, parts of a quantised one."""
+    """The tensor itself, or its parts: this process's share under tensor parallelism, parts of a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

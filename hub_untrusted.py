@@ -1,4 +1,4 @@
-"""What is read of a checkpoint whose code nobody trusted: JSON and safetensors files by plain names, nothing else."""
+"""Reading checkpoints whose code nobody trusted: JSON and safetensors files by plain names, nothing else."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def resolve_folder(key: str, place: str, variant) -> str:
 
 def find_files(source: str, names: list, **hub) -> dict:
     """
-    The files that a checkpoint has of these names.
+    The files of a checkpoint with these names.
 
     Args:
         source: a folder or a Hub id, as `names_folder` tells them apart.
@@ -120,7 +120,7 @@ def read_config(source: str, **hub) -> tuple:
 
 
 def read_object(path) -> dict:
-    """The object that a JSON file holds. Raises ValueError where it does not hold one."""
+    """The object in a JSON file. Raises ValueError where it does not hold one."""
     with open(path, encoding="utf-8") as file:
         try:
             values = json.load(file)
@@ -132,7 +132,7 @@ def read_object(path) -> dict:
 
 
 def without_code(values):
-    """What a JSON file holds without the keys, at any depth, by which transformers finds code to run."""
+    """The content of a JSON file without the keys, at any depth, by which transformers finds code to run."""
     if isinstance(values, dict):
         return {key: without_code(value) for key, value in values.items() if key not in CODE_KEYS}
     return [without_code(value) for value in values] if isinstance(values, list) else values

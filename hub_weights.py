@@ -7,7 +7,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
 from .hub_files import code_in_place
-from .hub_linking import checksum_weights, damage_explained, explained, follow_link, same_weights, unlinked
+from .hub_linking import checksum_weights, errors_about_base, errors_about_damage, follow_link, same_weights, unlinked
 
 logger = logging.get_logger(__name__)
 
@@ -31,10 +31,10 @@ class LinkedWeightsMixin:
         variant = pretrained_model_name_or_path
         source, options = follow_link(cls.config_class, variant, kwargs)
         if source is variant:
-            with damage_explained(variant):
+            with errors_about_damage(variant):
                 return cls._load(variant, *args, output_loading_info=output_loading_info, **options)
         config = options["config"]
-        with explained(config, variant), damage_explained(config.weights_from):
+        with errors_about_base(config, variant), errors_about_damage(config.weights_from):
             model, info = cls._load(source, *args, output_loading_info=True, **options)
         model.generation_config = options["generation_config"]  # of which 4.57 makes a copy that `generate` fails on
         model.name_or_path = model.config.name_or_path = str(variant)

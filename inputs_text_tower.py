@@ -14,8 +14,8 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_conf
 
 
 @contextmanager
-def tower_explained(text_tower: str):
-    """Says of an OSError inside that it is about the text tower."""
+def errors_about_tower(text_tower: str):
+    """Turns an OSError inside into one that names the text tower, and the remedy."""
     try:
         yield
     except OSError as error:
@@ -59,7 +59,7 @@ def load_tokenizer(text_tower: str):
         OSError: it cannot be reached, or has no tokenizer of CLIP's.
         ValueError: it is no CLIP.
     """
-    with tower_explained(text_tower):
+    with errors_about_tower(text_tower):
         source, hub, _ = find_tower(text_tower)
         files = find_files(source, list(TOKENIZER_FILES), **hub)
         if not ("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files.keys()):
@@ -71,7 +71,7 @@ def question_segments(text_tower: str, questions: list) -> tuple:
     """
     Questions as the text tower reads them: a long one in segments, each with a start and an end of its own.
 
-    CLIP says what a text means at its end token, so a segment that is merely cut off would mean nothing.
+    CLIP reads the meaning of a text off its end token, so a segment without one would have none.
 
     Returns:
         ids and mask (B, M, T), LongTensors. Segments that a question does not need are all padding; an empty one needs none.

@@ -1,4 +1,4 @@
-"""VisionZip, PruMerge and PruMerge+: tokens that the vision tower itself attends to, with merged tokens of the rest."""
+"""VisionZip, PruMerge and PruMerge+: tokens by the attention of CLS in the vision tower, with merged tokens of the rest."""
 
 import math
 
@@ -133,6 +133,8 @@ class PruMergePlus(PruMerge):
 @torch.no_grad()
 def nearest_others(keys: torch.Tensor, kept: torch.Tensor, neighbours: int = NEIGHBOURS) -> torch.Tensor:
     """
+    The tokens most similar to each kept one.
+
     Args:
         keys: (N, L, D) of all tokens.
         kept: (N, k) indices of the kept ones.

@@ -1,4 +1,4 @@
-"""What every pruning method has in common: what it may look at, how it counts, and what it gives back."""
+"""The base of the pruning methods: the signals of visual tokens, the count, the parameters and the result."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -12,16 +12,16 @@ from .ops_tokens import gather_tokens
 @dataclass
 class VisualTokens:
     """
-    What a method may look at: N sets of L tokens. A set is a frame, an image view, or a whole medium.
+    The signals of N sets of L tokens, for a method. A set is a frame, an image view, or all tokens of an item.
 
     Only the features are always there; the rest where the method's `required_signals` ask for it.
 
     Attributes:
         features: (N, L, C) features of the tapped vision layer, any floating dtype; gradients flow to them.
-        compared: (N, L, ·) what distances between tokens are measured in: the features, or the projected tokens, as
-            `distance` says.
+        compared: (N, L, ·) the vectors between which distances are measured: the features, or, with `distance="projected"`,
+            the projected tokens.
         times: (N, L) fp32 in [0, 1), the share of the video that lies before the token's frame; 0 in images.
-        relevance: (N, L) fp32, how much each token has to do with the question; `None` when the text is not used.
+        relevance: (N, L) fp32, of each token to the question; `None` when the text is not used.
         text_affinity: (N, T, L) fp32 or fp64, for each word of the question its share of attention to each token: a row adds up to
             1 / words, or is zero where the question has fewer than T words; `None` when the text is not used.
         projected: (N, L, H) the features after the projector.
@@ -47,7 +47,7 @@ class VisualTokens:
     seeds: Optional[list] = None
 
     def split(self, numbers: list) -> list:
-        """The same of the first so many sets, of the next so many, and so on."""
+        """One `VisualTokens` for each number of consecutive sets; `numbers` add up to N."""
         parts, start = [], 0
         for number in numbers:
             sets = slice(start, start := start + number)
@@ -92,7 +92,7 @@ class Method:
         """
 
     def count(self, num_tokens: int, pruning) -> int:
-        """Tokens that stay of a set of `num_tokens`. The processor and the model both ask here."""
+        """Tokens that stay of a set of `num_tokens`, for the processor and the model alike."""
         return count_kept(num_tokens, pruning.keep_ratio)
 
     def count_in_encoder(self, num_patches: int, num_kept: int, pruning) -> int:

@@ -28,7 +28,7 @@ class MMTok(Method):
     Coverage of the question's words with weight 1, and of the set itself with weight 0.5 (MMTok, arXiv 2508.18264).
 
     A word is compared with the tokens in the language model's embedding space, a token with the others by its features. The
-    words are those that say what the question is about (`content_words`), as in the authors' code.
+    words are the content words of the question (`content_words`), as in the authors' code.
 
     Parameters:
         words (`str`, *optional*): which tokens of the question are covered. `"content"` = those of its content words, which the
@@ -55,7 +55,7 @@ class MMTok(Method):
 
 
 def cosines(features: torch.Tensor) -> torch.Tensor:
-    """(N, L, C) -> (N, L, L) fp64: of all pairs in each set. Raises ValueError where features are not finite."""
+    """(N, L, C) -> (N, L, L) fp64: cosines of all pairs in each set. Raises ValueError where features are not finite."""
     check_finite("features", features)
     unit = F.normalize(in_double(features.detach()), dim=-1, eps=MIN_NORM)
     return torch.bmm(unit, unit.mT)

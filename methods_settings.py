@@ -1,4 +1,4 @@
-"""What a key of the pruning block takes, and the keys that several methods share; a method declares its own beside itself."""
+"""The kinds of keys in the pruning block, and the keys that several methods share; a method declares its own parameters."""
 
 from dataclasses import dataclass
 from typing import Any, Callable, Optional

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
     # names itself, so each of the three that `auto_map` names lists all that it rests on.
     from .core_attention import biased_mask  # noqa: F401
-    from .core_cache import CACHE_NAME  # noqa: F401
+    from .core_cache import TokenRecord  # noqa: F401
     from .core_items import MediaItem  # noqa: F401
     from .core_positions import unpruned_columns  # noqa: F401
     from .core_pruner import Pruner  # noqa: F401

@@ -1,6 +1,6 @@
-"""Merging tokens step by step: how many are left after which layer, and which become one (EvoPrune, reconstruction).
+"""Merging tokens step by step: the counts after each layer, and the pairs that become one (EvoPrune, reconstruction).
 
-The paper's method text and code were not available, only its abstract and a summary (arXiv 2603.03681). What they say is
+The paper's method text and code were not available, only its abstract and a summary (arXiv 2603.03681). These are
 followed: no training, merging at some layers of the encoder, and one score of similarity, diversity and attention. Everything
 else here, the schedule, the weights and the formulas, is this project's reconstruction, and its results are not the paper's.
 """
@@ -18,7 +18,7 @@ MIN_STEPS = 4
 
 def merging_schedule(num_tokens: int, num_kept: int, num_layers: int) -> dict:
     """
-    How many tokens are left after each layer that merges (reconstruction).
+    Counts of tokens after each layer that merges (reconstruction).
 
     The counts fall geometrically in at least four steps, more where halving at each is not enough; the steps are evenly
     spaced, and the first layers are left as they are. An encoder with few layers has fewer steps, which merge more.
@@ -87,7 +87,7 @@ def _merge_once(values, keys, attention, sizes, source_indices, num_merged: int)
 @torch.no_grad()
 def _pairs_to_merge(keys, attention, num_merged: int) -> tuple:
     """
-    The tokens at even places that cost least to merge, and where they go.
+    The tokens at even places that cost least to merge, and their partners at odd places.
 
     A token's priority is its similarity to the most similar token at an odd place, less 0.3 times its diversity (one minus
     its mean similarity to all others) and 0.3 times its attention, both scaled to [0, 1] in each set.

@@ -1,4 +1,4 @@
-"""From the embeddings of a question to one query vector, and how relevant tokens are to it.
+"""One query vector from the embeddings of a question, and the relevance of tokens to it.
 
 Shapes: N sets of L tokens with C features each; J text tokens with H features each. Sections and tables are those of the ReDiPrune
 paper.

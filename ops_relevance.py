@@ -1,4 +1,4 @@
-"""How much each visual token has to do with the question: one small function for each space that they are compared in.
+"""Relevance of visual tokens to the question: one small function for each space in which they are compared.
 
 Shapes: N sets of L tokens; T words of a question, H the width of the language model, h its heads of d features each.
 """
@@ -34,7 +34,7 @@ __all__ = [
 def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch.Tensor:
     """
     The states (T, H) of a question after the first layers of the language model, which read it alone, without the visual
-    tokens: its words then know of each other ("red" and "star" of "red star"), which input embeddings do not.
+    tokens. These states are contextual (of "red star", "star" has attended to "red"); input embeddings are not.
 
     Args:
         language_model: a decoder with `layers`, `rotary_emb` and `config`.
@@ -66,7 +66,7 @@ def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch
 @torch.no_grad()
 def attention_by_head(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    What each word of a question attends to among the tokens of a set, in a decoder layer, without rotary positions: for each
+    Attention of each word of a question to the tokens of a set, in a decoder layer, without rotary positions: for each
     head the softmax over the tokens of (W_q n(e_t)) . (W_k n(z_i)) / sqrt(d).
 
     Args:
@@ -113,7 +113,7 @@ def clip_relevance(tokens: torch.Tensor, questions: torch.Tensor) -> torch.Tenso
     """
     Minus the cosine of tokens and question in CLIP's joint space, as in CDPruner and TRIM.
 
-    CLIP trains the vector of CLS towards the text, not those of patches, and the patches that show what the text says are
+    CLIP trains the vector of CLS towards the text, not those of patches, and the patches that show what the text names are
     the less similar ones: hence the sign.
 
     Args:
@@ -131,7 +131,7 @@ def clip_relevance(tokens: torch.Tensor, questions: torch.Tensor) -> torch.Tenso
 @torch.no_grad()
 def word_affinity(words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    What each word is closest to: softmax over the tokens of their cosine / 0.02 (MMTok, arXiv 2508.18264).
+    Closeness of each word to the tokens: softmax over the tokens of their cosine / 0.02 (MMTok, arXiv 2508.18264).
 
     Args:
         words: (T, H) input embeddings of the question.

@@ -1,4 +1,4 @@
-"""Which visual tokens stay: the ReDiPrune selection rule and two controls, as pure tensor functions.
+"""Selection of visual tokens: the ReDiPrune rule and two controls, as pure tensor functions.
 
 Shapes: N sets (frames or image views) of L tokens with C features each, of which k are kept; J text tokens
 with H features each. Section, equation and algorithm numbers are those of the ReDiPrune paper.
@@ -20,7 +20,7 @@ POOL_FACTOR = 3
 # where rounding leaves nothing of the distance.
 LARGEST_WEIGHT = 10**6
 CACHE_BYTES = 10 * 2**20
-# What the two ways to compare tokens cost on a CPU, in nanoseconds of one thread of an AMD EPYC (`scripts/selection_cost.py`;
+# Costs of the two ways to compare tokens on a CPU, in nanoseconds of one thread of an AMD EPYC (`scripts/selection_cost.py`;
 # their ratios alone matter). One row of similarities: for each token so much, and for each of its features, from the cache or
 # from memory. All pairs at once: for each pair so much, and for each of its features; only one half is computed, block by block.
 ROW_TOKEN, ROW_FEATURE, ROW_FEATURE_FAR = 40, 0.12, 0.35
@@ -29,7 +29,7 @@ PAIR_BLOCK = 96
 
 
 def count_kept(num_tokens: int, keep_ratio: float) -> int:
-    """How many of `num_tokens` stay: max(1, round(keep_ratio * num_tokens)), halves to even (Sec. 3.4).
+    """Number of `num_tokens` that stay: max(1, round(keep_ratio * num_tokens)), halves to even (Sec. 3.4).
 
     Raises ValueError if `num_tokens` is not an integer >= 1 or `keep_ratio` is not a number in (0, 1].
     """

@@ -1,4 +1,4 @@
-"""What selection and merging are built from: ties, cosines, gathering, and which kept token stands for which others.
+"""Building blocks of selection and merging: ties, cosines, gathering, and groups of tokens around kept ones.
 
 Shapes: N sets of L tokens with C features each, of which k are kept.
 """
@@ -67,7 +67,7 @@ def cosines(features: torch.Tensor, inverse_norm: torch.Tensor, query: torch.Ten
 def nearest_kept(
     features: torch.Tensor, kept: torch.Tensor, times: torch.Tensor | None = None, time_weight: float = 0.0
 ) -> torch.Tensor:
-    """Which of the kept tokens each token is nearest to; a kept one is its own, also where two are equal.
+    """The kept token that each token is nearest to; of a kept one itself, also where two are equal.
 
     The distance is that of `select_rediprune`, 1 - cosine + time_weight |t_i - t_j|. Features (N, L, C), `kept` (N, k)
     ascending indices, times (N, L); returns LongTensor (N, L) with numbers in 0 .. k - 1.
@@ -82,7 +82,7 @@ def nearest_kept(
 
 
 def group_sizes(nearest: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """How many tokens each kept one stands for, (N, k) fp32, from `nearest_kept`; adds up to L in each set."""
+    """Numbers of tokens that each kept one stands for, (N, k) fp32, from `nearest_kept`; adds up to L in each set."""
     ones = torch.ones_like(nearest, dtype=torch.float32)
     return ones.new_zeros(len(nearest), num_kept).scatter_add_(1, nearest, ones)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     # names itself, so each of the three that `auto_map` names lists all that it rests on.
     from .hub_files import PARTS  # noqa: F401
     from .hub_untrusted import CODE_KEYS  # noqa: F401
+    from .hub_versions import TESTED  # noqa: F401
     from .inputs_chat import BREAK  # noqa: F401
     from .inputs_download import TIMEOUT  # noqa: F401
     from .inputs_media import is_empty  # noqa: F401

@@ -1,27 +1,13 @@
-"""What the pruning methods do with a CLIP vision tower: read the attention of its CLS token and its keys, and merge patches on
-their way through it."""
-
-from inspect import signature
+"""A CLIP vision tower for pruning: hidden states, attention of its CLS token, keys, and merging of patches on their way."""
 
 import torch
 import torch.nn.functional as F
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from .hub_versions import clip_transformer, layer_states, no_masks
 from .ops_merging import merge_tokens, merging_schedule
 from .ops_tokens import gather_tokens
 
-FIELDS = frozenset({"cls_attention", "keys", "last_cls_attention", "last_keys"})  # what `read_attention` can give
-
-
-# Layers of 4.57 take a causal mask beside the mask of padding, and give a tuple.
-NO_MASKS = (None,) * len(
-    {"attention_mask", "causal_attention_mask"} & set(signature(CLIPEncoderLayer.forward).parameters)
-)
-
-
-def transformer(tower):
-    """The module with `embeddings`, `encoder` and the norms: the tower itself in transformers 5.x, one level below in 4.57."""
-    return getattr(tower, "vision_model", tower)
+FIELDS = frozenset({"cls_attention", "keys", "last_cls_attention", "last_keys"})  # the signals of `read_attention`
 
 
 def run_tower(tower, pixels: torch.Tensor, taps, required_signals=frozenset()) -> dict:
@@ -43,13 +29,12 @@ def run_tower(tower, pixels: torch.Tensor, taps, required_signals=frozenset()) -
     Raises:
         ValueError: the tower has no such hidden state.
     """
-    layers = transformer(tower).encoder.layers
+    layers = clip_transformer(tower).encoder.layers
     wanted = {_from_start(tap, layers) for tap in taps} | _states_read(taps[-1], layers, required_signals)
     states = embed_patches(tower, pixels)
     kept = {0: states} if 0 in wanted else {}
     for index, layer in enumerate(layers[: max(wanted)], 1):
-        states = layer(states, *NO_MASKS)
-        states = states[0] if isinstance(states, tuple) else states
+        states = layer_states(layer(states, *no_masks(layer)))
         if index in wanted:
             kept[index] = states
     return kept
@@ -57,7 +42,7 @@ def run_tower(tower, pixels: torch.Tensor, taps, required_signals=frozenset()) -
 
 def embed_patches(tower, pixels: torch.Tensor) -> torch.Tensor:
     """The input (N, 1 + P, C) of the first layer, CLS first."""
-    vision = transformer(tower)
+    vision = clip_transformer(tower)
     return vision.pre_layrnorm(vision.embeddings(pixels))
 
 
@@ -68,7 +53,7 @@ def _from_start(tap: int, layers) -> int:
 
 
 def _states_read(tap: int, layers, required_signals) -> set:
-    """The hidden states from which `read_attention` computes what is needed: the inputs of the layers in question."""
+    """Indices of the hidden states from which `read_attention` computes the required signals: the inputs of their layers."""
     states = {"tap": max(_from_start(tap, layers) - 1, 0), "last": len(layers) - 1}
     return {states["last" if name.startswith("last_") else "tap"] for name in required_signals & FIELDS}
 
@@ -89,7 +74,7 @@ def read_attention(tower, states, tap: int, required_signals, with_cls: bool = F
     Returns:
         `dict` with these names: attentions (N, P, 1) fp32, which with CLS itself add up to 1, and keys (N, P, D).
     """
-    layers, fields = transformer(tower).encoder.layers, {}
+    layers, fields = clip_transformer(tower).encoder.layers, {}
     if required_signals & {"cls_attention", "keys"}:
         index = max(_from_start(tap, layers) - 1, 0)
         fields["cls_attention"], fields["keys"] = _attention_of_cls(layers[index], states[index], with_cls)
@@ -100,7 +85,7 @@ def read_attention(tower, states, tap: int, required_signals, with_cls: bool = F
 
 
 def _attention_of_cls(layer, states: torch.Tensor, with_cls: bool, heads_as_one: bool = False) -> tuple:
-    """Of CLS to the patches, mean over heads (N, P, 1) fp32, and their keys, mean over heads (N, P, D)."""
+    """Attention of CLS to the patches, mean over heads (N, P, 1) fp32, and their keys, mean over heads (N, P, D)."""
     attention = layer.self_attn
     states = layer.layer_norm1(states)
     width = states.shape[-1] if heads_as_one else attention.head_dim
@@ -136,7 +121,7 @@ def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None)
         source_indices = torch.arange(states.shape[1] - 1, device=states.device).expand(len(states), -1)
     schedule = merging_schedule(source_indices.shape[1], num_kept, num_layers)
     sizes = None
-    for index, layer in enumerate(transformer(tower).encoder.layers[:num_layers]):
+    for index, layer in enumerate(clip_transformer(tower).encoder.layers[:num_layers]):
         attended, keys, attention = _attend(layer.self_attn, layer.layer_norm1(states), sizes)
         states = states + attended
         if index in schedule:
@@ -154,7 +139,7 @@ def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None)
 
 
 def _attend(attention, states, sizes) -> tuple:
-    """What a layer's attention gives (N, 1 + n, C); of its patches the keys (N, n, D) and what CLS pays them (N, n)."""
+    """A layer's attention output (N, 1 + n, C), and of its patches the keys (N, n, D) and the attention of CLS (N, n)."""
     heads = lambda values: values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # noqa: E731
     queries, keys, values = (heads(getattr(attention, f"{name}_proj")(states)) for name in "qkv")
     bias = None if sizes is None else F.pad(sizes.log(), (1, 0))[:, None, None].to(queries.dtype)

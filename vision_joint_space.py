@@ -1,4 +1,4 @@
-"""CLIP's joint space of text and pictures, of the checkpoint that `text_tower` names: what CDPruner and TRIM compare in.
+"""CLIP's joint space of text and pictures, of the checkpoint that `text_tower` names, for CDPruner and TRIM.
 
 Shapes: B questions in M segments of T tokens; N sets of L tokens; C the width of the vision tower, D that of the joint space.
 """
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import CLIPModel
 
 from .hub_untrusted import link_files, weight_files
-from .inputs_text_tower import find_tower, tower_explained
+from .inputs_text_tower import errors_about_tower, find_tower
 from .ops_tokens import MIN_NORM
 
 
@@ -32,7 +32,7 @@ class JointSpace:
 
     def __init__(self, text_tower: str, width: int):
         self.text_tower = text_tower
-        with tower_explained(text_tower):
+        with errors_about_tower(text_tower):
             source, hub, config = find_tower(text_tower)
             if config.vision_config.hidden_size != width:
                 raise ValueError(

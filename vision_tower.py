@@ -1,4 +1,4 @@
-"""What a model with CLIP vision towers gives to its encoder: features and signals of patches, and CLIP's joint space."""
+"""Models with CLIP vision towers: features and signals of patches, and CLIP's joint space."""
 
 import threading
 
@@ -62,7 +62,7 @@ class ClipTowerMixin:
         return {"features": features, **read_attention(tower, states, layers[-1], signals, cls_stays)}
 
     def joint_space(self) -> JointSpace:
-        """That of the configured text tower, loaded when it is first asked for. None of this model's weights."""
+        """The [`JointSpace`] of the configured text tower, loaded when it is first asked for. None of this model's weights."""
         text_tower = self.config.pruning.text_tower
         with _LOADING:
             joint = self._joint

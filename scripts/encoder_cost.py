@@ -94,7 +94,7 @@ def measure(args) -> list:
     tower = CLIPVisionModel(config).to(args.device, getattr(torch, args.dtype)).eval()
     pixels = torch.randn(args.frames, 3, 336, 336, device=args.device, dtype=tower.dtype)
     clip = code_module("vision_clip")
-    layers = clip.transformer(tower).encoder.layers
+    layers = code_module("hub_versions").clip_transformer(tower).encoder.layers
     del layers[23:]  # the tapped features are the output of layer 23 of 24
     runs = {CLIP_L_PATCHES: lambda: tower(pixels)}
     for kept in args.kept:

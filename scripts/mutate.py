@@ -82,6 +82,7 @@ TESTS = {
     "ops_selection.py": ("test_selection.py", *METHOD_TESTS, "test_rediprune_plus.py"),
     "inputs_tokenizing.py": PROCESSOR_TESTS,
     "hub_untrusted.py": ("test_untrusted.py", "test_loading.py"),
+    "hub_versions.py": ("test_versions.py", "test_loading.py", "test_evoprune.py", "test_cache.py"),
     "inputs_video.py": ("test_videos.py", "test_processing.py", "test_download.py"),
     "inputs_words.py": ("test_words.py",),
     "scripts/benchmark.py": ("test_benchmark.py",),

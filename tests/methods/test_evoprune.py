@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.core_layout import split_budget
 from rediprune.core_positions import pooled_places
+from rediprune.hub_versions import clip_transformer
 from rediprune.ops_merging import merge_tokens, merging_schedule
-from rediprune.vision_clip import encode_and_merge, read_attention, run_tower, transformer
+from rediprune.vision_clip import encode_and_merge, read_attention, run_tower
 from tiny import IMAGE_SIZE, PATCHES
 
 
@@ -142,7 +143,7 @@ def test_a_tower_that_merges_nothing_is_the_stock_tower(model, pixels):
 def test_a_token_of_many_patches_is_attended_to_as_many(model, pixels):
     """If all patches are the same, merging them changes nothing for the layers after it."""
     tower = model.model.vision_tower
-    transformer(tower).embeddings.position_embedding.weight[1:] = 0
+    clip_transformer(tower).embeddings.position_embedding.weight[1:] = 0
     grey = torch.full_like(pixels, 0.3)
     states = tower(grey, output_hidden_states=True).hidden_states
     features, _ = encode_and_merge(tower, grey, 3, 5)
@@ -169,7 +170,7 @@ def test_patches_of_padding_are_left_out(model, pixels):
 def test_gradient_flows_through_the_merging_tower(model, pixels):
     features, _ = encode_and_merge(model.model.vision_tower, pixels, 2, 9)
     features.square().sum().backward()
-    weight = transformer(model.model.vision_tower).embeddings.patch_embedding.weight
+    weight = clip_transformer(model.model.vision_tower).embeddings.patch_embedding.weight
     assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
 
 
@@ -182,7 +183,7 @@ def test_attention_and_keys_are_those_of_the_eager_tower(model, pixels):
     found = read_attention(tower, output.hidden_states, -2, required_signals)
     expected = output.attentions[1].mean(1)[:, 0, 1:, None]
     torch.testing.assert_close(found["cls_attention"], expected, atol=1e-5, rtol=1e-4)
-    layers = transformer(tower).encoder.layers
+    layers = clip_transformer(tower).encoder.layers
     keys = layers[1].self_attn.k_proj(layers[1].layer_norm1(output.hidden_states[1]))[:, 1:]
     torch.testing.assert_close(found["keys"], keys.unflatten(-1, (2, 8)).mean(2))
     last = layers[2].layer_norm1(output.hidden_states[2])
@@ -202,7 +203,7 @@ def test_attention_and_keys_are_those_of_the_eager_tower(model, pixels):
 def test_the_tower_keeps_what_is_asked_for(model, pixels, taps, required_signals, kept):
     tower = model.model.vision_tower
     states = tower(pixels, output_hidden_states=True).hidden_states
-    layers = transformer(tower).encoder.layers
+    layers = clip_transformer(tower).encoder.layers
     before = [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers]
     with torch.no_grad():
         found = run_tower(tower, pixels, taps, required_signals)
