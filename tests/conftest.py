@@ -7,10 +7,6 @@ from tiny import make_inputs, save_clip, save_stock_checkpoint, tiny_config, tin
 __all__ = ["make_inputs"]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gradients: the test runs with gradients enabled")
-
-
 @pytest.fixture(scope="session")
 def processor():
     return tiny_processor()

@@ -28,6 +28,7 @@ def check(monkeypatch, *arguments):
     check_variant.main()
 
 
+@pytest.mark.slow
 def test_a_variant_passes(base, tmp_path, monkeypatch, capsys):
     for mode in ("--copy", "--link"):
         variant = tmp_path / f"variant_{mode.strip('-')}_{os.getpid()}"
@@ -45,6 +46,7 @@ def test_logits_that_differ_do_not_pass(base, tmp_path, monkeypatch):
         check(monkeypatch, variant, "--base", other)
 
 
+@pytest.mark.slow
 def test_an_export_that_does_not_pass_is_not_kept(base, tmp_path):
     """The check runs in a process of its own, whose exit code says how it went."""
     spoilt = changed(base, tmp_path / "spoilt", torch.nan)

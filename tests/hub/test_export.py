@@ -213,6 +213,7 @@ def test_arguments_that_do_not_go_together(base, arguments, piece, capsys):
     assert piece in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command_line_ends_with_a_message(base, tmp_path):
     command = [sys.executable, ROOT / "scripts" / "export.py", tmp_path / "nowhere", "--output", tmp_path / "variant"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -156,6 +156,8 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.hub
+@pytest.mark.slow
 def test_a_base_on_the_hub_whose_index_names_paths(base, tmp_path):
     """Whether its weights are copied, linked or only listed; nothing is downloaded for it."""
     with Hub() as hub:
@@ -167,6 +169,8 @@ def test_a_base_on_the_hub_whose_index_names_paths(base, tmp_path):
     assert leftovers(tmp_path) == ["base", "home"]
 
 
+@pytest.mark.hub
+@pytest.mark.slow
 def test_shards_on_the_hub(base, tmp_path):
     """Those of the index are copied, and no other file is downloaded."""
     others = {"unused.safetensors": b"", "pytorch_model.bin": b"", "custom_generate/generate.py": b"", "evil.py": b""}
@@ -275,6 +279,7 @@ def stopped(base, number, *arguments):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_leaves_nothing(base, tmp_path, number):
     result = stopped(base, number, "--output", tmp_path / "variant")
@@ -282,6 +287,7 @@ def test_a_run_that_is_stopped_leaves_nothing(base, tmp_path, number):
     assert "Traceback" not in result.stderr and leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_leaves_is_removed_by_the_next(base, variant, tmp_path, capsys):
     for arguments in ([], ["--force"]):
         if arguments:
@@ -296,6 +302,7 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(base, variant, tmp_path
     assert contents(tmp_path / "variant") == contents(variant)
 
 
+@pytest.mark.slow
 def test_a_dry_run_removes_nothing(base, tmp_path):
     stopped(base, signal.SIGKILL, "--output", tmp_path / "variant")
     before = contents(tmp_path)
@@ -383,6 +390,7 @@ def state_of(output):
     return found["a"].decode() if whole else "torn"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("before", [None, "old"])
 def test_killed_at_any_step(tmp_path, before):

@@ -17,6 +17,7 @@ from hub_server import Hub
 from places import ROOT, SUPPORT
 from tiny import save_stock_checkpoint
 
+pytestmark = [pytest.mark.hub, pytest.mark.slow]
 OTHER_PYTHON = os.environ.get("OTHER_PYTHON")
 needs_other = pytest.mark.skipif(not OTHER_PYTHON, reason="OTHER_PYTHON does not name the other line's interpreter")
 CODE = sorted(path.name for path in ROOT.glob("*.py"))

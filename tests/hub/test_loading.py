@@ -333,6 +333,7 @@ def test_a_prefix_of_another_repository_is_not_saved(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
+@pytest.mark.slow
 def test_through_the_auto_classes_in_a_fresh_process(model, inputs, logits, tmp_path):
     """Everything that a user does with a folder, in one process: imports cost seconds."""
     folder, media, report = (

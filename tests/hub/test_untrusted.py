@@ -105,6 +105,8 @@ def test_a_linked_variant_runs_no_code_of_its_base(stock, tmp_path, ran):
         assert not getattr(model, "_hf_peft_config_loaded", False)
 
 
+@pytest.mark.hub
+@pytest.mark.slow
 def test_a_linked_variant_asks_the_hub_for_nothing_else(stock, tmp_path, ran):
     """In a fresh process, where transformers has not looked at its settings yet."""
     base = armed(stock, tmp_path / "base", ran)

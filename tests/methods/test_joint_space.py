@@ -285,6 +285,7 @@ def test_another_tower_is_loaded_when_it_is_set(text_tower, tmp_path):
 # -- where the checkpoint is ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_through_the_auto_classes_with_a_folder_beside_the_weights(tmp_path):
     """Relative to the variant, whatever the working directory; saved elsewhere it names the same folder."""
     folder = tmp_path / f"tower_{os.getpid()}"
@@ -314,6 +315,8 @@ def test_an_argument_is_relative_to_the_variant(text_tower, tmp_path):
     assert whole.pruning.text_tower == text_tower
 
 
+@pytest.mark.hub
+@pytest.mark.slow
 def test_a_hub_id_may_name_a_revision(text_tower, tmp_path):
     """All files are of one commit, and none is asked for but those of CLIP's tokenizer and the weights."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}

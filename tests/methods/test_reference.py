@@ -16,6 +16,7 @@ def test_every_setting_is_written_down(written):
     assert list(written[0]) == reference.settings() and set(written[1]) == set(written[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", reference.settings())
 def test_nothing_differs(written, setting):
     assert reference.differences(setting, *reference.observe(setting), *written, exact=False) == []

@@ -198,6 +198,7 @@ def test_embeddings_of_the_unfilled_prompt(model, inputs, cache):
     assert torch.equal(found, new_tokens(model, inputs))
 
 
+@pytest.mark.slow
 def test_compiled_decoding_is_one_graph(model, inputs):
     """Nothing in a step of decoding breaks the graph, so `fullgraph` passes; the backend does not matter for that."""
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from places import SUPPORT
 
@@ -25,6 +26,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_the_largest_of_all_heads_of_both_processes(tmp_path):
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     processes = [

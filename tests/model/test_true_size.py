@@ -8,6 +8,7 @@ import sys
 import pytest
 from places import SUPPORT
 
+pytestmark = pytest.mark.slow  # the model of its fixture is large
 FRAMES = 8
 GIGABYTE = 2**30
 

@@ -98,6 +98,7 @@ def test_a_call_leaves_no_trace():
     assert np.array_equal(processor(text="where")["input_ids"], tiny_processor()(text="where")["input_ids"])
 
 
+@pytest.mark.slow
 def test_questions_for_a_text_tower(text_tower):
     processor = tiny_processor(method="cdpruner", text_tower=text_tower)
     calls = [lambda text=text: processor(text=f"<image> {text}", images=random_image()) for text in TEXTS * 2]

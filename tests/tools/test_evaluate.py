@@ -66,6 +66,7 @@ def count_answers(monkeypatch):
 SMALL = ("--scenes", 2, "--ratios", 0.25, "--kinds", "video", "--batch", 5, "--threads", 1)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_at_the_batch_where_it_stopped(monkeypatch, tmp_path, count_answers):
     whole = evaluate(monkeypatch, tmp_path / "whole", *SMALL, "--settings", "rediprune", "random")
     total = len(count_answers.batches)
@@ -89,6 +90,7 @@ def test_a_killed_run_goes_on_at_the_batch_where_it_stopped(monkeypatch, tmp_pat
         evaluate(monkeypatch, tmp_path / "killed", "--scenes", 3)
 
 
+@pytest.mark.slow
 def test_a_cut_off_line_is_computed_again(monkeypatch, tmp_path, capsys):
     first = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
     log = tmp_path / "a.answers.jsonl"
@@ -103,6 +105,7 @@ def test_a_cut_off_line_is_computed_again(monkeypatch, tmp_path, capsys):
         evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
 
 
+@pytest.mark.slow
 def test_processes_share_the_batches_and_give_the_same_answers(monkeypatch, tmp_path):
     pytest.importorskip("accelerate")
     arguments = [*map(str, SMALL), "--settings", "rediprune", "random"]
@@ -118,6 +121,7 @@ def test_processes_share_the_batches_and_give_the_same_answers(monkeypatch, tmp_
     assert not list(tmp_path.glob("*.batches.*"))
 
 
+@pytest.mark.slow
 def test_answers_of_other_code_are_not_taken_over(monkeypatch, tmp_path):
     evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
     monkeypatch.setattr(importlib.import_module("evaluate"), "code_fingerprint", lambda *objects: "0" * 16)
@@ -140,6 +144,7 @@ def test_code_is_what_is_done_in_all_files_of_a_package(monkeypatch, tmp_path):
     assert code_fingerprint(thing) != before
 
 
+@pytest.mark.slow
 def test_a_second_run_with_the_same_output_is_refused(monkeypatch, tmp_path):
     with claimed(answers_path(tmp_path / "a")):
         with pytest.raises(SystemExit, match="another run is writing to .*a.answers.jsonl; .* choose another --output"):
@@ -220,6 +225,7 @@ def test_nobody_measures_on_scenes_that_training_or_choices_were_made_on(monkeyp
     assert small.texts == Questions("image", 2).texts != Questions("image", 2, first_scene=followed.start).texts
 
 
+@pytest.mark.slow
 def test_a_report_names_its_scenes(monkeypatch, tmp_path):
     first = HELD_OUT_START + 7
     arguments = [*SMALL, "--settings", "uniform"]
@@ -240,6 +246,7 @@ def kept(model, processor, questions, number):
     return [medium.kept for medium in model.select_tokens(**inputs)]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_tokens_are_selected_for_another_question(loaded):
     model, processor = loaded
@@ -303,6 +310,7 @@ def test_the_other_question_is_about_another_scene():
         assert text in np.array(questions.texts)[questions.scene_of != questions.scene_of[index]]
 
 
+@pytest.mark.slow
 def test_what_is_drawn_runs_once_for_each_seed(monkeypatch, tmp_path):
     settings = ["rediprune", "rediprune,query=other", "random", "random,seed=1"]
     report = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--seeds", 2, "--settings", *settings)
@@ -368,6 +376,7 @@ def test_pareto_front():
     assert [row["on_pareto_front"] for row in rows] == [True, False]
 
 
+@pytest.mark.slow
 def test_times_include_the_vision_tower_and_are_kept(monkeypatch, tmp_path, count_answers):
     encoded = []
     monkeypatch.setattr(

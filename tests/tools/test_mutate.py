@@ -105,6 +105,7 @@ def test_every_code_file_holds_faults_and_is_another_with_each():
         assert faults or path.name == "methods_registry.py"
 
 
+@pytest.mark.slow
 def test_survivors_are_told_from_what_is_noticed(monkeypatch, tree, tmp_path, capsys):
     output, arguments = tmp_path / "found", ["--root", tree, "--tests", "tests/test_toy.py", "--number", 99]
     before = {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
@@ -154,6 +155,7 @@ def test_survivors_are_told_from_what_is_noticed(monkeypatch, tree, tmp_path, ca
         mutate(monkeypatch, *arguments, "--output", output)
 
 
+@pytest.mark.slow
 def test_a_fault_that_hangs_is_noticed(monkeypatch, tree, tmp_path, capsys):
     (tree / "toy.py").write_text("def count(left):\n    while left:\n        left -= 1\n    return left\n")
     (tree / "tests" / "test_toy.py").write_text(

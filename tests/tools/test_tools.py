@@ -41,6 +41,7 @@ def test_the_tiny_checkpoint_is_small(loaded):
     assert (ROOT / "model.safetensors").stat().st_size < 10 * 2**20
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_unpruned_the_tiny_checkpoint_answers_the_sample_questions(loaded):
     model, processor = loaded

@@ -51,6 +51,7 @@ def test_a_seed_out_of_range_is_named(sample, seed):
         sample(seed)
 
 
+@pytest.mark.slow
 def test_sizes(videos, images):
     assert {scene.frames.shape for scene in videos} == {(8, 96, 96, 3)}
     assert {scene.frames.shape for scene in images} == {(1, *size, 3) for size in world.IMAGE_SIZES}

@@ -132,8 +132,8 @@ def test_where_a_trace_is_exact_its_ranks_are_the_order_of_the_picks(loaded, med
         ("scope", 144, True, True),
         ("random", 144, True, True),
         ("divprune", 144, True, False),  # two tokens come in at each stop, from all frames together
-        ("divprune", 288, True, True),
-        ("rediprune_plus", 288, True, True),
+        pytest.param("divprune", 288, True, True, marks=pytest.mark.slow),
+        pytest.param("rediprune_plus", 288, True, True, marks=pytest.mark.slow),
         ("uniform", 144, False, False),
         ("rediprune,candidate_pool=algorithm1", 144, False, False),
     ],
@@ -219,6 +219,7 @@ def written(tmp_path_factory):
     return {ending: prefix.with_name("kept" + ending) for ending in visualize.ENDINGS}
 
 
+@pytest.mark.slow
 def test_one_run_writes_a_sheet_a_page_and_the_numbers(written, loaded):
     record = json.loads(written[".json"].read_text())
     assert len(record["traces"]) == 6 and len(record["panels"]) == 8
@@ -234,6 +235,7 @@ def test_one_run_writes_a_sheet_a_page_and_the_numbers(written, loaded):
     assert not list(written[".png"].parent.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_but_itself(written):
     page = written[".html"].read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|url\(|@import|https?://(?!www\.w3\.org/2000/svg)""", page)
@@ -241,6 +243,7 @@ def test_the_page_needs_nothing_but_itself(written):
     assert len(page) < 700_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("media", [IMAGE, IMAGES, [*VIDEO, "--num-frames", "3"]], ids=["image", "images", "short"])
 @pytest.mark.parametrize("questions", [["what?"], ["", "where is <video>?"], ["one?", "two?", "three?"]], ids=len)
 def test_sheets_of_other_shapes(monkeypatch, tmp_path, media, questions):
@@ -325,6 +328,7 @@ def choose(browser, side, key, index):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index, setting", list(enumerate(["rediprune", "divprune", "visionzip"])))
 def test_the_slider_draws_as_many_patches_as_the_processor_counts(opened, loaded, index, setting):
     case = Case(loaded, VIDEO, setting)
@@ -342,6 +346,7 @@ def test_the_slider_draws_as_many_patches_as_the_processor_counts(opened, loaded
         assert opened.evaluate("document.querySelector('.count b').textContent") == str(int(placeholders.sum()))
 
 
+@pytest.mark.slow
 def test_patches_are_drawn_where_the_model_keeps_them(opened, loaded):
     case = Case(loaded, VIDEO, "rediprune")
     (medium,) = case.model.select_tokens(**case.processed(0.25))
@@ -361,6 +366,7 @@ def test_patches_are_drawn_where_the_model_keeps_them(opened, loaded):
     assert box == pytest.approx([column + 0.5, row + 0.5], abs=0.02)
 
 
+@pytest.mark.slow
 def test_keys_move_the_slider_and_choose_the_view(opened):
     step = opened.evaluate("state.step")
     opened.press("ArrowRight")
@@ -380,6 +386,7 @@ def test_keys_move_the_slider_and_choose_the_view(opened):
     assert opened.evaluate("document.querySelectorAll('.side').length") == 2
 
 
+@pytest.mark.slow
 def test_pointing_at_a_patch_shows_its_numbers(opened, written):
     x, y = opened.evaluate(
         """(() => { const box = document.querySelector('rect').getBoundingClientRect();
@@ -397,11 +404,13 @@ def test_pointing_at_a_patch_shows_its_numbers(opened, written):
         assert f"pick {rank} of 36" in text
 
 
+@pytest.mark.slow
 def test_a_question_is_shown_as_it_was_written(opened):
     assert opened.evaluate("document.querySelector('[data-key=question]').options[1].text") == NASTY
     assert opened.evaluate("document.querySelectorAll('b').length") == 3  # the ratio and the two counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 800, 1920])
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_the_page_fits_a_phone_and_a_projector(opened, width, scheme):
