@@ -294,7 +294,7 @@ class PrunedProcessorMixin:
     def _process(self, images, text, videos, kwargs) -> BatchFeature:
         if not TRANSFORMERS_4:
             # Some stock classes return lists by default, and some of them mix both.
-            given = (kwargs, *(kwargs.get(name, {}) for name in ("common_kwargs", "text_kwargs")))
+            given = (kwargs, *(options for options in kwargs.values() if isinstance(options, dict)))
             if not any("return_tensors" in options for options in given):
                 kwargs = {**kwargs, "return_tensors": "pt"}
             return super().__call__(images=images, text=text, videos=videos, **kwargs)

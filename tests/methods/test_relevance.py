@@ -15,7 +15,7 @@ from rediprune.ops_relevance import (
 )
 from rediprune.ops_tokens import group_means, group_sizes, nearest_kept
 from rediprune.vision_joint_space import JointSpace
-from tiny import WORDS, by_frame, random_image, random_video, shown, tiny_model, tiny_processor
+from tiny import WORDS, random_image, random_video, shown, tiny_model, tiny_processor
 
 
 def test_the_largest_of_all_words_counts():
@@ -93,7 +93,7 @@ def test_merging_is_in_fp32():
     model, processor = tiny_model(**pruning).to(torch.bfloat16), tiny_processor(**pruning)
     inputs = processor(text="USER: <video>\nwhere is the star ? ASSISTANT:", videos=random_video()).to(torch.bfloat16)
     (tokens,), (medium,) = shown(model, inputs), model.select_tokens(**inputs)
-    kept, features = by_frame(medium.kept), tokens.features
+    kept, features = medium.kept[None], tokens.features  # one set of all frames
     nearest = nearest_kept(tokens.compared, kept, tokens.times, 0.25)
     old, means = (
         features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1])),

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from rediprune import modeling_rediprune_llava
+from rediprune import core_positions
 from tiny import random_video, tiny_config, tiny_model, tiny_processor
 from transformers import DynamicCache
 
@@ -13,7 +13,7 @@ TEXT = "<video> where is the star"
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(modeling_rediprune_llava, "_WARNED_CONTEXTS", set())
+    monkeypatch.setattr(core_positions, "_WARNED_CONTEXTS", set())
 
 
 def inputs_of(model, frames=4, text=TEXT):
@@ -62,7 +62,7 @@ def test_a_second_turn_counts_the_first():
 
 def warnings_of(caplog, call):
     caplog.clear()
-    with caplog.at_level(logging.WARNING, modeling_rediprune_llava.__name__):
+    with caplog.at_level(logging.WARNING, core_positions.__name__):
         call()
     return [record.getMessage() for record in caplog.records if "positions" in record.getMessage()]
 

@@ -308,7 +308,7 @@ def test_a_timer_leaves_what_stood_in_for_a_method_and_ends_with_an_error(model)
     model.prune_items = stands_in = model.prune_items
     with pytest.raises(TypeError), StageTimer(model) as timer:
         model.prune_items()
-    assert vars(model)["_select"] is stands_in and "_encode" not in vars(model) and not timer.seconds
+    assert vars(model)["prune_items"] is stands_in and "encode_items" not in vars(model) and not timer.seconds
 
 
 def test_shapes():

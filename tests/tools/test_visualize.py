@@ -174,7 +174,8 @@ def test_what_a_method_looks_at_is_at_its_token(loaded, media):
 
 def test_the_vision_tower_runs_once_for_all_ratios_and_questions(loaded, monkeypatch):
     case, calls = Case(loaded, VIDEO, "rediprune"), []
-    monkeypatch.setattr(case.model, "_tap", type(case.model)._tap.__get__(case.model))
+    real = type(case.model).patch_features.__get__(case.model)
+    monkeypatch.setattr(case.model, "patch_features", real)
     FeatureMemory(case.model)
     tower = case.model.model.vision_tower
     hook = getattr(tower, "vision_model", tower).embeddings.register_forward_hook(lambda *_: calls.append(1))
