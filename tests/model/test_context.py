@@ -95,4 +95,5 @@ def test_a_second_turn_can_go_beyond(caplog):
 
 
 def test_the_context_of_the_config_is_the_one_that_counts():
-    assert tiny_model()._context() == tiny_config().text_config.max_position_embeddings
+    text_config = tiny_config().text_config
+    assert core_positions.context_length(text_config) == text_config.max_position_embeddings
