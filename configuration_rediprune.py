@@ -3,7 +3,7 @@
 import difflib
 from typing import TYPE_CHECKING, Optional
 
-from transformers import LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, VideoLlavaConfig
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, VideoLlavaConfig
 
 from .hub_files import code_in_place
 from .hub_untrusted import names_folder, resolve_folder
@@ -239,6 +239,8 @@ class PrunedConfigMixin:
                 f"config key {key!r} is {shown(value)}, but must be a list of sizes [height, width] in pixels, multiples of the "
                 "side of a tile, such as [[336, 672], [672, 336]]"
             )
+        if key == "vision_config":
+            self.check_tower(value)
         if key == "pruning":
             value = PruningConfig.from_value(value)
             self.check_method(value)
@@ -278,6 +280,17 @@ class PrunedConfigMixin:
         """
         self.check_link_for_others()
         return super().push_to_hub(repo_id, *args, **kwargs)
+
+    @classmethod
+    def check_tower(cls, vision_config) -> None:
+        """Raises ValueError for a vision tower, a config or its dictionary, that is no CLIP; without a type it is one."""
+        of = vision_config.get if isinstance(vision_config, dict) else lambda key: getattr(vision_config, key, None)
+        if of("model_type") not in (None, CLIPVisionConfig.model_type):
+            raise ValueError(
+                f"config key 'vision_config' is of the type {_shown(of('model_type'))}, but must be "
+                f"{CLIPVisionConfig.model_type!r}: pruning reads the layers, patches and CLS of a CLIP vision tower. Take a "
+                f"{cls.base_model_type!r} checkpoint with one; this one runs unpruned in transformers' own class."
+            )
 
     @classmethod
     def check_method(cls, pruning) -> None:

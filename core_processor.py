@@ -53,7 +53,9 @@ class PrunedProcessorMixin:
     download_max_bytes = MAX_BYTES
 
     def set_pruning(self, pruning) -> None:
-        self.pruning = PruningConfig.from_value(pruning)
+        pruning = PruningConfig.from_value(pruning)
+        self.config_class.check_method(pruning)
+        self.pruning = pruning
 
     @property
     def placeholders(self) -> dict:

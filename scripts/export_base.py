@@ -101,7 +101,9 @@ def read_config(folder: Path) -> dict:
     try:
         config_class_of(values).from_dict({**values})  # 4.57 adds to what it is given
     except Exception as error:  # each line of transformers refuses nonsense in its own way
-        raise ExportError(f"{folder / 'config.json'} is not the config of a model: {error}") from error
+        raise ExportError(
+            f"{folder / 'config.json'} is not the config of a model that can be pruned: {error}"
+        ) from error
     return values
 
 
