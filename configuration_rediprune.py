@@ -210,13 +210,16 @@ class PrunedConfigMixin:
     Attributes:
         base_model_type: of the checkpoints that it is made from.
         takes_videos: whether its prompts can hold videos beside images.
+        video_processor: name of the stock class that prepares its videos.
+        trained_frames: how many frames of a video it was trained with; `None` where its checkpoints name that themselves.
         model_class, model_file, processor_class: names of the classes that load with it, and of the file of the model's.
         can_merge_in_encoder, cannot_merge_because: whether methods that merge in the vision encoder work, and why not.
     """
 
     base_model_type = model_class = processor_class = ""
     model_file = "modeling_rediprune_llava"
-    takes_videos = False
+    takes_videos, video_processor = False, ""
+    trained_frames = None
     can_merge_in_encoder, cannot_merge_because = True, ""
 
     def __init__(self, *args, pruning=None, weights_from=None, weights_revision=None, **kwargs):
@@ -287,7 +290,7 @@ class PrunedConfigMixin:
         of = vision_config.get if isinstance(vision_config, dict) else lambda key: getattr(vision_config, key, None)
         if of("model_type") not in (None, CLIPVisionConfig.model_type):
             raise ValueError(
-                f"config key 'vision_config' is of the type {_shown(of('model_type'))}, but must be "
+                f"config key 'vision_config' is of the type {shown(of('model_type'))}, but must be "
                 f"{CLIPVisionConfig.model_type!r}: pruning reads the layers, patches and CLS of a CLIP vision tower. Take a "
                 f"{cls.base_model_type!r} checkpoint with one; this one runs unpruned in transformers' own class."
             )
@@ -344,7 +347,7 @@ class ReDiPruneConfig(PrunedConfigMixin, LlavaNextVideoConfig):
     base_model_type = LlavaNextVideoConfig.model_type
     model_class = "ReDiPruneLlavaNextVideoForConditionalGeneration"
     processor_class = "ReDiPruneProcessor"
-    takes_videos = True
+    takes_videos, video_processor = True, "LlavaNextVideoVideoProcessor"
 
     def __init__(self, *args, **kwargs):  # without one, 5.x would make one that passes the mixin's by
         super().__init__(*args, **kwargs)
@@ -381,7 +384,8 @@ class ReDiPruneVideoLlavaConfig(PrunedConfigMixin, VideoLlavaConfig):
     base_model_type = VideoLlavaConfig.model_type
     model_class = "ReDiPruneVideoLlavaForConditionalGeneration"
     processor_class = "ReDiPruneVideoLlavaProcessor"
-    takes_videos = True
+    takes_videos, video_processor = True, "VideoLlavaVideoProcessor"
+    trained_frames = 8
     can_merge_in_encoder = False
     cannot_merge_because = "CLS of each frame is a token of its video, and is never merged"
 

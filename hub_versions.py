@@ -54,7 +54,11 @@ def loading_options(model_type: str, stock_model_type: str, stock_class) -> dict
     #     that it did not load from a checkpoint.
     # Until: 4.57 is no longer supported.
     if register_checkpoint_conversion_mapping is None:
-        names = {r"^vision_tower\.(?!vision_model\.)": "model.vision_tower.vision_model."}
+        # 5.x saves the towers without the level `vision_model`.
+        names = {
+            rf"^{tower}\.(?!vision_model\.)": f"model.{tower}.vision_model."
+            for tower in ("vision_tower", "image_tower", "video_tower")
+        }
         return {"key_mapping": {**names, **stock_class._checkpoint_conversion_mapping}}
     # Versions: 5.x.
     # Reason: checkpoint keys are converted by model type, and not for those of custom code that has not registered.

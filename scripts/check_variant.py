@@ -17,6 +17,7 @@ import transformers
 from PIL import Image
 from repository import code_module, fail
 
+configuration = code_module("configuration_rediprune")
 untrusted = code_module("hub_untrusted")
 
 QUESTION = "What is this?"
@@ -31,14 +32,14 @@ def parse_arguments():
 
 
 def prepare(processor, keep_ratio=None) -> dict:
-    """One prompt with an image and one with a video of two frames, both of noise."""
+    """One prompt with an image and, where the family takes videos, one with a video of two frames, both of noise."""
     noise = np.random.default_rng(0).integers(0, 256, (2, 336, 336, 3), dtype=np.uint8)
     media = {"image": {"images": [Image.fromarray(noise[0])]}, "video": {"videos": [noise]}}
     inputs = {}
-    for kind, arguments in media.items():
+    for kind in processor.placeholders:
         messages = [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": QUESTION}]}]
         prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs[kind] = processor(text=prompt, keep_ratio=keep_ratio, return_tensors="pt", **arguments)
+        inputs[kind] = processor(text=prompt, keep_ratio=keep_ratio, return_tensors="pt", **media[kind])
     return inputs
 
 
@@ -56,16 +57,28 @@ def load_base(place: str, dtype: torch.dtype):
     """The base in the stock class, without running anything that it brings along, and the information on its loading."""
     source = str(Path(place).resolve()) if Path(place).is_dir() else place
     values, commit = untrusted.read_config(source)
-    config = transformers.LlavaNextVideoConfig.from_dict(values)
+    config_class, model_class = stock_classes(values.get("model_type"))
     files = untrusted.weight_files(source, **({"revision": commit} if commit else {}))
-    return transformers.LlavaNextVideoForConditionalGeneration.from_pretrained(
+    return model_class.from_pretrained(
         untrusted.link_files(files),
-        config=config,
+        config=config_class.from_dict(values),
         generation_config=transformers.GenerationConfig(),
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
     )
+
+
+def stock_classes(model_type) -> list:
+    """Config and model class of transformers for a base of this type."""
+    if model_type not in configuration.CONFIGS:
+        raise ValueError(
+            f"--base is a model of type {model_type!r}, but variants are made of {', '.join(configuration.CONFIGS)}"
+        )
+    own_config = configuration.CONFIGS[model_type]
+    own_model = getattr(code_module(own_config.model_file), own_config.model_class)
+    is_stock = lambda cls: cls.__module__.startswith("transformers.")  # noqa: E731
+    return [next(filter(is_stock, own.__mro__)) for own in (own_config, own_model)]
 
 
 def main():

@@ -52,6 +52,7 @@ untrusted = code_module("hub_untrusted")
 CONFIGS = tuple(name for name in SMALL_FILES if name.endswith("_config.json"))
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 CHUNK = 16 * 2**20
+IMAGE_KEYS = ("image_processor_type", "feature_extractor_type", "image_grid_pinpoints", "do_pad")  # not of videos
 CARD_TOKENS = 576  # those of a 336-pixel view, for an example of how many stay
 
 
@@ -135,6 +136,7 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
     if "tokenizer_config.json" not in small:
         raise ExportError(f"{base_folder} holds no tokenizer_config.json; a variant needs a tokenizer")
     if not (output / "chat_template.jinja").exists() and not _has_template(output, small):
+        print("the base has no chat template: the variant gets Vicuna's (USER: ... ASSISTANT:), in chat_template.jinja")
         shutil.copyfile(ROOT / "chat_template.jinja", output / "chat_template.jinja")
     if not (output / portability.PROCESSOR_FILE).exists():
         portability.write_json(output / portability.PROCESSOR_FILE, _default_processor(base))
@@ -142,6 +144,8 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
     portability.make_portable(output, config_class.processor_class, processor)
     if not (output / "preprocessor_config.json").exists():
         raise ExportError(f"{base_folder} holds no preprocessor_config.json; a variant needs an image processor")
+    if config_class.takes_videos:
+        complete_video_processor(output, config_class)
     code = code_files()
     for name in code:
         if (ROOT / name) != (output / name).resolve():
@@ -189,6 +193,24 @@ def _default_processor(values: dict) -> dict:
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1,  # CLS
     }
+
+
+def complete_video_processor(folder: Path, config_class) -> None:
+    """
+    Writes what a base leaves open about its videos: a file of their own, which transformers would put together from the type
+    of a stock model, and how many frames are sampled, where the family's checkpoints do not say it.
+    """
+    path, images = (folder / portability.PARTS[part] for part in ("video_processor", "image_processor"))
+    if path.exists():
+        values = portability.read_json(path)
+    else:
+        values = portability.read_json(images)
+        for key in IMAGE_KEYS:
+            values.pop(key, None)
+    values.setdefault("video_processor_type", config_class.video_processor)
+    if config_class.trained_frames and values.get("num_frames") is None and values.get("fps") is None:
+        values |= {"do_sample_frames": True, "num_frames": config_class.trained_frames}
+    portability.write_json(path, values)
 
 
 def copy_weights(files: list, output: Path) -> None:

@@ -35,6 +35,7 @@ COLUMNS = (
     ("mmbench_en_dev", "gpt_eval_score", "MMBench-EN", 1),
     ("scienceqa_img", "exact_match", "ScienceQA-IMG", 100),
     ("rediprune_world", "accuracy", "generated videos", 100),
+    ("rediprune_world_image", "accuracy", "generated images", 100),
 )
 TASKS = tuple(dict.fromkeys(task for task, *_ in COLUMNS))
 REMEDY = "give a *_results.json of lmms-eval (its --output_path), or a folder that holds some"

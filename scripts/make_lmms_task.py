@@ -1,4 +1,5 @@
-"""Writes a task of lmms-eval: held-out generated videos as lossless files, their questions, and the task's YAML.
+"""Writes a task of lmms-eval: held-out generated videos or images as lossless files, their questions, and the task's YAML. The
+task of videos is `rediprune_world`, that of images, for models that take no videos, `rediprune_world_image`.
 
 The frames that a file gives are those of evaluate.py, bit for bit, so both must find the same accuracy.
 
@@ -6,6 +7,7 @@ Examples:
     python scripts/make_lmms_task.py --output runs/lmms-task --scenes 20
     lmms-eval eval --model huggingface --model_args pretrained=.,trust_remote_code=True,device_map=cpu --device cpu \\
         --include_path runs/lmms-task --tasks rediprune_world --batch_size 1 --output_path runs/lmms
+    python scripts/make_lmms_task.py --output runs/lmms-images --kind image
 """
 
 import argparse
@@ -16,10 +18,12 @@ from pathlib import Path
 import av
 import numpy as np
 from evaluate_questions import add_scene_arguments, check_scenes
+from PIL import Image
 from repository import ROOT, fail, output_folder, write_whole
-from toy_world import TABLES_START, sample_video
+from toy_world import TABLES_START, sample_image, sample_video
 
 TEMPLATE = ROOT / "scripts" / "lmms_task"
+TASKS = {"video": "rediprune_world", "image": "rediprune_world_image"}
 FPS = 2
 
 
@@ -40,35 +44,40 @@ def write_lossless(path: Path, frames: np.ndarray) -> None:
     temporary.replace(path)
 
 
-def write_task(folder: Path, num_scenes: int, first_scene: int = TABLES_START) -> int:
+def write_task(folder: Path, num_scenes: int, first_scene: int = TABLES_START, kind: str = "video") -> int:
     """Writes the task of held-out scenes, by default those of the tables; returns the number of questions."""
     folder = folder.resolve()
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    (folder / f"{kind}s").mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(num_scenes):
-        scene, name = sample_video(first_scene + number), f"videos/{number:05}.mkv"
-        write_lossless(folder / name, scene.frames)
-        lines += [json.dumps({"scene": number, "video": name, **vars(question)}) for question in scene.questions]
+        if kind == "video":
+            scene, file = sample_video(first_scene + number), f"videos/{number:05}.mkv"
+            write_lossless(folder / file, scene.frames)
+        else:
+            scene, file = sample_image(first_scene + number), f"images/{number:05}.png"
+            Image.fromarray(scene.frames[0]).save(folder / file)
+        lines += [json.dumps({"scene": number, "file": file, **vars(question)}) for question in scene.questions]
     questions = folder / "questions.jsonl"
     write_whole(questions, "\n".join(lines) + "\n")
     write_whole(folder / "utils.py", (TEMPLATE / "utils.py").read_text())
-    yaml = (TEMPLATE / "rediprune_world.yaml").read_text()
-    write_whole(folder / "rediprune_world.yaml", yaml.replace("QUESTIONS_FILE", json.dumps(str(questions))))
+    yaml = (TEMPLATE / "rediprune_world.yaml").read_text().replace("TASK_NAME", TASKS[kind])
+    write_whole(folder / f"{TASKS[kind]}.yaml", yaml.replace("QUESTIONS_FILE", json.dumps(str(questions))))
     return len(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the folder to write; it cannot be moved")
+    parser.add_argument("--kind", choices=TASKS, default="video", help="what is asked about (default: %(default)s)")
     add_scene_arguments(parser, 20)
     args = parser.parse_args()
     check_scenes(parser, args)
     output_folder(args.output)
     try:
-        number = write_task(args.output, args.scenes, args.first_scene)
+        number = write_task(args.output, args.scenes, args.first_scene, args.kind)
     except OSError as error:
         fail(f"--output {args.output}: {error}")
-    print(f"wrote {number} questions about {args.scenes} videos to {args.output}")
+    print(f"wrote {number} questions about {args.scenes} {args.kind}s to {args.output}")
 
 
 if __name__ == "__main__":

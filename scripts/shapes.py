@@ -78,9 +78,7 @@ def random_model(config, dtype=torch.bfloat16, device="cpu", attention: str = No
     if attention is not None:
         config._attn_implementation = attention
     with torch.device("meta"):
-        model = (
-            code_module("modeling_rediprune_llava").ReDiPruneLlavaNextVideoForConditionalGeneration(config).to(dtype)
-        )
+        model = getattr(code_module(config.model_file), config.model_class)(config).to(dtype)
     model = model.to_empty(device=device).eval()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

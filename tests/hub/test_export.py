@@ -12,6 +12,7 @@ import pytest
 import torch
 from exporting import broken, leftovers, refused, run
 from places import ROOT
+from rediprune.configuration_rediprune import ReDiPruneConfig
 from rediprune.methods_registry import METHODS
 from tiny import POOLED, random_image, random_video, save_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -258,7 +259,6 @@ def test_a_text_tower(base, tmp_path, monkeypatch):
 
 def test_a_link_to_a_folder_is_not_pushed(base, tmp_path):
     """Nobody else would find the weights. Together with them the push goes on to the Hub."""
-    from rediprune.configuration_rediprune import ReDiPruneConfig
     from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration
 
     shutil.copytree(base, tmp_path / "base")

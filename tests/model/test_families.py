@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, FRAMES, placed, row_of, stock_inputs
 from rediprune.methods_base import Method
 from rediprune.methods_registry import METHODS
+from safetensors.torch import load_file, save_file
 from tiny import PATCHES, random_image, random_video
 
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
@@ -219,6 +220,19 @@ def test_saved_and_loaded_again(family, tmp_path):
     assert torch.equal(ids, batch["input_ids"])
     base = family.save_stock_checkpoint(tmp_path / "base")
     assert torch.equal(family.model_class.from_pretrained(base, pruning=pruning)(**batch).logits, expected)
+
+
+@EVERY_FAMILY
+def test_towers_named_as_5x_names_them(family, tmp_path):
+    """A model that was made from a config and saved by 5.x has one level less than the public checkpoints."""
+    processor, model = pair(family, keep_ratio=0.3)
+    path = family.save_stock_checkpoint(tmp_path) / "model.safetensors"
+    weights = {name.replace("_tower.vision_model.", "_tower."): weight for name, weight in load_file(path).items()}
+    assert not any("vision_model" in name for name in weights)
+    save_file(weights, path, {"format": "pt"})
+    batch = family.batch(processor)
+    loaded = family.model_class.from_pretrained(tmp_path, pruning={"keep_ratio": 0.3})
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
 @EVERY_FAMILY

@@ -28,15 +28,9 @@ if not SDIST:
     pytest.skip("TRANSFORMERS_SDIST does not name the source archive of transformers", allow_module_level=True)
 pytest.importorskip("parameterized")
 
-from rediprune.configuration_rediprune import ReDiPruneConfig  # noqa: E402
-from rediprune.core_layout import FrameSize, LlavaNextVideoLayouts  # noqa: E402
-from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration  # noqa: E402
-from transformers import (  # noqa: E402
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,  # noqa: E402
-)
+from families import FAMILIES  # noqa: E402
+from rediprune.core_layout import FrameSize  # noqa: E402
+from transformers import CLIPVisionConfig, LlamaConfig  # noqa: E402
 
 # What the archive's files import, but the archive does not hold.
 ABSENT = {
@@ -79,24 +73,25 @@ modeling, configuration = import_suite(Path(tempfile.mkdtemp(prefix="transformer
 
 IMAGE_SIZE, PATCH_SIZE, FRAMES, BATCH = 16, 4, 2, 3
 SIDE = IMAGE_SIZE // PATCH_SIZE
-IMAGE_TOKEN, VIDEO_TOKEN, VOCABULARY = 1, 2, 99
+TOKENS, VOCABULARY = {"image": 1, "video": 2}, 99
+UNPRUNED = {"keep_ratio": 1.0}
 
 
 class Tester:
-    """What the suite asks of a model's tester: a tiny config, and a prompt with one image and one video in every row."""
+    """What the suite asks of a model's tester: a tiny config, and a prompt with one medium of each kind in every row."""
 
     __test__ = False
 
-    def __init__(self, parent, config_class, **config):
-        self.parent, self.config_class, self.config = parent, config_class, config
+    def __init__(self, parent, family, config_class, **config):
+        self.parent, self.family, self.config_class, self.config = parent, family, config_class, config
         self.batch_size, self.num_hidden_layers, self.hidden_size, self.num_attention_heads = BATCH, 2, 32, 4
         self.is_training, self.text_tokens, self.pad_token_id = True, 7, 0
-        pruning = ReDiPruneConfig(**config).pruning if config else ReDiPruneConfig(pruning={"method": "none"}).pruning
-        frame = FrameSize(IMAGE_SIZE, SIDE, [[IMAGE_SIZE, IMAGE_SIZE]], 2)
-        image = LlavaNextVideoLayouts.image(frame, [IMAGE_SIZE, IMAGE_SIZE])
-        self.image_tokens = image.num_placeholders(pruning)
-        self.video_tokens = LlavaNextVideoLayouts.video(frame, FRAMES, pruning).num_placeholders(pruning)
-        self.seq_length = self.image_tokens + self.video_tokens + self.text_tokens
+        pruning = family.config_class(**config).pruning if config else family.config_class(pruning=UNPRUNED).pruning
+        frame, layouts = FrameSize(IMAGE_SIZE, SIDE, [[IMAGE_SIZE, IMAGE_SIZE]], 2), family.model_class.layout_class
+        self.num_tokens = {"image": layouts.image(frame, [IMAGE_SIZE, IMAGE_SIZE]).num_placeholders(pruning)}
+        if "video" in family.kinds:
+            self.num_tokens["video"] = layouts.video(frame, FRAMES, pruning).num_placeholders(pruning)
+        self.seq_length = sum(self.num_tokens.values()) + self.text_tokens
         self.encoder_seq_length = self.key_length = self.seq_length
 
     def get_config(self):
@@ -121,33 +116,32 @@ class Tester:
             num_hidden_layers=2,
             num_attention_heads=4,
         )
-        return self.config_class(
-            text_config=text,
-            vision_config=vision,
-            image_token_index=IMAGE_TOKEN,
-            video_token_index=VIDEO_TOKEN,
-            image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]],
-            image_seq_length=self.image_tokens,
-            video_seq_length=self.video_tokens,
-            **self.config,
-        )
+        options = {}
+        for kind, number in self.num_tokens.items():
+            options |= {f"{kind}_token_index": TOKENS[kind], f"{kind}_seq_length": number}
+        if "next" in self.family.name:
+            options["image_grid_pinpoints"] = [[IMAGE_SIZE, IMAGE_SIZE]]
+        return self.config_class(text_config=text, vision_config=vision, **options, **self.config)
 
     def prepare_config_and_inputs_for_common(self):
         input_ids = torch.randint(5, VOCABULARY, (BATCH, self.seq_length))
-        input_ids[:, : self.image_tokens] = IMAGE_TOKEN
-        input_ids[:, self.image_tokens : self.image_tokens + self.video_tokens] = VIDEO_TOKEN
-        inputs = {
-            "pixel_values": torch.rand(BATCH, 2, 3, IMAGE_SIZE, IMAGE_SIZE),
-            "pixel_values_videos": torch.rand(BATCH, FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE),
-            "image_sizes": torch.full((BATCH, 2), IMAGE_SIZE),
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-        }
+        start = 0
+        for kind, number in self.num_tokens.items():
+            input_ids[:, start : start + number] = TOKENS[kind]
+            start += number
+        views = [2] if "next" in self.family.name else []
+        pixels = "pixel_values_images" if self.family.name == "video_llava" else "pixel_values"
+        inputs = {pixels: torch.rand(BATCH, *views, 3, IMAGE_SIZE, IMAGE_SIZE)}
+        if "video" in self.num_tokens:
+            inputs["pixel_values_videos"] = torch.rand(BATCH, FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE)
+        if views:
+            inputs["image_sizes"] = torch.full((BATCH, 2), IMAGE_SIZE)
+        inputs |= {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         return self.get_config(), inputs
 
     def prepare_config_and_inputs(self):
         config, inputs = self.prepare_config_and_inputs_for_common()
-        return config, inputs["pixel_values"]
+        return config, next(iter(inputs.values()))
 
 
 def without(reason, *names):
@@ -155,19 +149,11 @@ def without(reason, *names):
     return {name: unittest.skip(reason)(lambda self, *args: None) for name in names}
 
 
-# For all three classes.
-SETTING = {
-    **without("generation tests are not in the source archive", "test_generation_tester_mixin_inheritance"),
-    **without(
-        "expects one feature tensor for each image and video; here each image has two views and each video two frames, and "
-        "the stock class fails, too",
-        *(f"test_get_{kind}_features_output_{number}" for kind in ("image", "video") for number in range(3)),
-    ),
-}
+# For all classes.
+SETTING = without("generation tests are not in the source archive", "test_generation_tester_mixin_inheritance")
 
-# For the class of this repository.
+# For the classes of this repository.
 OWN = {
-    **SETTING,
     **without(
         "loads weights that lack some tensors or all; here that is an error, so that weights are never random",
         "test_can_init_all_missing_weights",
@@ -179,61 +165,69 @@ OWN = {
     ),
 }
 
-# The suite knows by the names of the library's classes which of them take labels and shift them.
-modeling.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[ReDiPruneConfig.model_type] = (
-    ReDiPruneLlavaNextVideoForConditionalGeneration.__name__
-)
+
+def features_of_several(family):
+    """Tests that expect one feature tensor for each medium, where the stock class fails, too."""
+    kinds = ["image"] * ("next" in family.name) + ["video"] * ("video" in family.kinds)
+    return without(
+        "expects one feature tensor for each image and video; here an image has two views, or a video two frames, and the "
+        "stock class fails, too",
+        *(f"test_get_{kind}_features_output_{number}" for kind in kinds for number in range(3)),
+    )
 
 
 class Common:
-    """What the three runs share."""
+    """What all runs share."""
 
     _is_composite = True
     test_resize_embeddings = True
     test_pruning = False  # of attention heads, in 4.57; composite models have none
     test_head_masking = False  # in 4.57; Llama takes no head mask, and the stock class fails, too
     test_all_params_have_gradient = False  # the tap is before the last vision layer
-    config_class, config = LlavaNextVideoConfig, {}
 
     def setUp(self):
-        self.model_tester = Tester(self, self.config_class, **self.config)
+        self.model_tester = Tester(self, self.family, self.config_class, **self.config)
 
 
-class StockSuite(Common, modeling.ModelTesterMixin, unittest.TestCase):
-    """The stock class: what fails here is not of this repository's making."""
-
-    all_model_classes = (LlavaNextVideoForConditionalGeneration,)
-    locals().update(SETTING)
-
-
-class UnprunedSuite(Common, modeling.ModelTesterMixin, unittest.TestCase):
-    """Ratio 1."""
-
-    all_model_classes = (ReDiPruneLlavaNextVideoForConditionalGeneration,)
-    config_class, config = ReDiPruneConfig, {"pruning": {"keep_ratio": 1.0}}
-    locals().update(OWN)
+# How the classes of this repository are run; `rediprune_plus` has gaps between positions, a bias on attention, and a budget for
+# all frames.
+BLOCKS = {
+    "Unpruned": UNPRUNED,
+    "Pruned": {"keep_ratio": 0.5},
+    "Plus": {"method": "rediprune_plus", "keep_ratio": 0.5},
+}
 
 
-class PrunedSuite(Common, modeling.ModelTesterMixin, unittest.TestCase):
-    """Half of the visual tokens."""
-
-    all_model_classes = (ReDiPruneLlavaNextVideoForConditionalGeneration,)
-    config_class, config = ReDiPruneConfig, {"pruning": {"keep_ratio": 0.5}}
-    locals().update(OWN)
+def suite_of(name, family, model_class, config_class, config, left_out):
+    values = {"all_model_classes": (model_class,), "family": family, "config_class": config_class, "config": config}
+    bases = (Common, modeling.ModelTesterMixin, unittest.TestCase)
+    return type(name, bases, {**values, **left_out, "__module__": __name__})
 
 
-class PlusSuite(Common, modeling.ModelTesterMixin, unittest.TestCase):
-    """With gaps between positions, a bias on attention, and a budget for all frames."""
-
-    all_model_classes = (ReDiPruneLlavaNextVideoForConditionalGeneration,)
-    config_class, config = ReDiPruneConfig, {"pruning": {"method": "rediprune_plus", "keep_ratio": 0.5}}
-    locals().update(OWN)
-
-
-class ConfigSuite(unittest.TestCase):
+def config_suite_of(name, family):
     def setUp(self):
-        self.model_tester = Tester(self, ReDiPruneConfig, pruning={"keep_ratio": 0.5})
-        self.config_tester = configuration.ConfigTester(self, config_class=ReDiPruneConfig, has_text_modality=False)
+        self.model_tester = Tester(self, family, family.config_class, pruning={"keep_ratio": 0.5})
+        self.config_tester = configuration.ConfigTester(self, config_class=family.config_class, has_text_modality=False)
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+    return type(name, (unittest.TestCase,), {"setUp": setUp, "test_config": test_config, "__module__": __name__})
+
+
+for family in FAMILIES:
+    # The suite knows by the names of the library's classes which of them take labels and shift them.
+    modeling.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family.config_class.model_type] = family.model_class.__name__
+    title = family.name.title().replace("_", "")
+    left_out = {**SETTING, **features_of_several(family)}
+    # What fails for the stock class is not of this repository's making.
+    suites = {
+        "Stock": suite_of(f"{title}Stock", family, family.stock_model_class, family.stock_config_class, {}, left_out)
+    }
+    for how, block in BLOCKS.items():
+        own = {"pruning": block}
+        suites[how] = suite_of(
+            f"{title}{how}", family, family.model_class, family.config_class, own, {**left_out, **OWN}
+        )
+    suites["Config"] = config_suite_of(f"{title}Config", family)
+    globals().update({suite.__name__: suite for suite in suites.values()})

@@ -1,4 +1,4 @@
-"""The shapes of LLaVA-NeXT-Video-7B with random weights, its language model cut to two layers, within 8 GB."""
+"""The shapes of each family's 7B model with random weights, its language model cut to two layers, within 8 GB."""
 
 import json
 import os
@@ -6,46 +6,54 @@ import subprocess
 import sys
 
 import pytest
+from families import FAMILIES
 from places import SUPPORT
 
-pytestmark = pytest.mark.slow  # the model of its fixture is large
-FRAMES = 8
+pytestmark = pytest.mark.slow  # the models of its fixture are large
 GIGABYTE = 2**30
+# Placeholders of an image of 480x640 pixels and of 8 frames, at the ratios 1, 0.15 and 0.1.
+COUNTS = {
+    "llava": {"image": [576, 86, 58]},
+    # The base view, and tiles of 36x48 unpadded tokens, whose rows end with newlines where nothing is pruned.
+    "llava_next": {"image": [576 + 36 * 48 + 36, 86 + 259, 58 + 173]},
+    "llava_next_video": {"image": [576 + 36 * 48 + 36, 86 + 259, 58 + 173], "video": [8 * 144, 8 * 22, 8 * 14]},
+    "video_llava": {"image": [256, 38, 26], "video": [8 * 257, 8 * 39, 8 * 26]},  # 257: with CLS
+}
+# Tokens that the language model gets in the runs of `true_size.py`; the last of LLaVA-NeXT-Video is without pooling.
+RUNS = {"llava": [58], "llava_next": [231], "llava_next_video": [345, 8 * 22, 8 * 86], "video_llava": [26, 8 * 26]}
+TOKENS = {"llava_next_video": [32001, 32000]}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def family(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(family, tmp_path_factory):
     """What `true_size.py` measured in a process of its own, whose peak of memory is this model's alone."""
     path = tmp_path_factory.mktemp("true_size") / "report.json"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, SUPPORT / "true_size.py", path], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, SUPPORT / "true_size.py", family.name, path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.read_text())
 
 
-def test_placeholders(report):
-    counts = [report[mode]["placeholders"] for mode in ("unpruned", "pooled", "unpooled")]
-    assert counts == [1152, 176, 688]
+def test_placeholders(family, report):
+    assert report["counts"] == COUNTS[family.name]
 
 
-@pytest.mark.parametrize("pooling, per_frame", [("pooled", 22), ("unpooled", 86)])
-def test_kept_tokens(report, pooling, per_frame):
-    result = report[pooling]
-    assert result["kept"] == [FRAMES * per_frame]
-    assert result["projected"] == FRAMES * per_frame  # the projector sees nothing else
-    assert result["logits"] == [1, 1, 32064] and result["finite"]
+def test_kept_tokens(family, report):
+    assert [run["placeholders"] for run in report["runs"]] == RUNS[family.name]
+    for run in report["runs"]:
+        assert run["kept"] == [run["placeholders"]]
+        assert run["projected"] == run["placeholders"]  # the projector sees nothing else
+        assert run["logits"] == [1, 1, 32064] and run["finite"]
 
 
-def test_an_image_of_two_tiles(report):
-    """336x672 pixels: 576 tokens of the base view and 24x48 of the tiles."""
-    assert report["image"]["placeholders"] == round(0.15 * 576) + round(0.15 * 1152)
-    assert report["image"]["finite"]
-
-
-def test_vocabulary(report):
-    assert report["token_ids"] == [32001, 32000]
+def test_vocabulary(family, report):
+    assert report["token_ids"] == TOKENS.get(family.name, [32000, 32001][: len(family.kinds)])
 
 
 def test_peak_memory(report):

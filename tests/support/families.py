@@ -59,6 +59,18 @@ class Family:
     def stock_processor_class(self):
         return next(cls for cls in self.processor_class.__mro__ if cls.__module__.startswith("transformers."))
 
+    @property
+    def image_processor_class(self):
+        if "next" in self.name:
+            return transformers.LlavaNextImageProcessor
+        return transformers.VideoLlavaImageProcessor if self.name == "video_llava" else transformers.CLIPImageProcessor
+
+    @property
+    def video_processor_class(self):
+        if self.name == "video_llava":
+            return transformers.VideoLlavaVideoProcessor
+        return transformers.LlavaNextVideoVideoProcessor
+
     # -- builders
 
     def config(self, cls=None, **kwargs):
@@ -103,18 +115,12 @@ class Family:
         return self.processor(type(stock.__name__, (stock,), {"tokenizer_class": "AutoTokenizer"}))
 
     def _image_processor(self, size):
-        if self.name.startswith("llava_next"):
-            return transformers.LlavaNextImageProcessor(
-                size={"shortest_edge": IMAGE_SIZE}, crop_size=size, image_grid_pinpoints=PINPOINTS
-            )
-        cls = transformers.VideoLlavaImageProcessor if self.name == "video_llava" else transformers.CLIPImageProcessor
-        return cls(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+        pinpoints = {"image_grid_pinpoints": PINPOINTS} if "next" in self.name else {}
+        return self.image_processor_class(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **pinpoints)
 
     def _video_processor(self, size):
-        cls = transformers.LlavaNextVideoVideoProcessor
-        if self.name == "video_llava":
-            cls = transformers.VideoLlavaVideoProcessor
-        return cls(size=size, crop_size=size, do_center_crop=True, do_sample_frames=True, num_frames=FRAMES)
+        options = {"do_center_crop": True, "do_sample_frames": True, "num_frames": FRAMES}
+        return self.video_processor_class(size=size, crop_size=size, **options)
 
     def save_stock_checkpoint(self, folder, seed=0):
         """A stock checkpoint with random weights, named as in the public ones, whichever transformers writes it."""

@@ -32,25 +32,31 @@ def pixels(*shape) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def video_inputs(processor, **kwargs) -> dict:
-    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+def inputs_of(processor, kind, **kwargs) -> dict:
+    """A question about one image or one video, both of noise."""
+    content = [{"type": kind}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(text=prompt, videos=[pixels(4, 32, 32, 3)], **kwargs)
+    media = {"image": {"images": [Image.fromarray(pixels(32, 32, 3))]}, "video": {"videos": [pixels(4, 32, 32, 3)]}}
+    return processor(text=prompt, **media[kind], **kwargs)
 
 
 @torch.no_grad()
 def fingerprint(model, processor) -> dict:
-    """What has to be the same wherever a variant was loaded: the keep ratio, the prompt, and the logits."""
-    inputs = video_inputs(processor)
-    logits = model(**inputs).logits[0, -1]
-    new_tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return {
-        "keep_ratio": model.config.pruning.keep_ratio,
-        "prompt": zlib.crc32(inputs["input_ids"].numpy().tobytes()),
-        "pixels": float(inputs["pixel_values_videos"].sum()),
-        "logits": logits[:16].tolist(),
-        "answer": new_tokens.tolist(),
-    }
+    """What has to be the same wherever a variant was loaded: the keep ratio, the prompts, and the logits."""
+    seen = {"keep_ratio": model.config.pruning.keep_ratio, "prompt": [], "logits": [], "answer": []}
+    for kind in processor.placeholders:
+        inputs = inputs_of(processor, kind)
+        new_tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        seen["prompt"].append(zlib.crc32(inputs["input_ids"].numpy().tobytes()))
+        seen["logits"] += model(**inputs).logits[0, -1][:16].tolist()
+        seen["answer"] += new_tokens.tolist()
+    return seen
+
+
+def checksums(model) -> list:
+    """Of every weight; names differ between the lines, so that the values alone say that they are the same."""
+    weights = model.state_dict().values()
+    return sorted([*weight.shape, zlib.crc32(weight.contiguous().numpy().tobytes())] for weight in weights)
 
 
 def fails(function, *args, **kwargs) -> str:
@@ -124,6 +130,51 @@ def load_by_id(repo, first) -> dict:
         "with token": load(f"{repo}-private")[0].config.pruning.keep_ratio,
         "private": private,
     }
+
+
+def everywhere(repo) -> dict:
+    """Loads a folder or a repository through everything that loads one, and does what its card shows."""
+    seen = {}
+    for auto_class in auto_classes():
+        model = auto_class.from_pretrained(repo, trust_remote_code=True).eval()
+        processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+        seen[auto_class.__name__] = [type(model).__name__, fingerprint(model, processor)]
+    return {
+        "seen": seen,
+        "config": type(AutoConfig.from_pretrained(repo, trust_remote_code=True)).__name__,
+        "processor": type(processor).__name__,
+        "pipeline": pipeline_processor(repo),
+        "weights": checksums(model),
+    }
+
+
+def saved_again(repo, folder) -> dict:
+    model, processor = load(repo)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    again, processor = load(folder)
+    return {"weights": checksums(again), "seen": fingerprint(again, processor)}
+
+
+def card(folder) -> dict:
+    """What the code of a card prints, run as it stands where the card and its media are."""
+    import contextlib
+    import io
+    import re
+
+    with open(f"{folder}/README.md", encoding="utf-8") as file:
+        (code,) = re.findall(r"^```python\n(.*?)^```$", file.read(), re.MULTILINE | re.DOTALL)
+    os.chdir(os.path.dirname(folder))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    return {"printed": printed.getvalue().strip()}
+
+
+def pushed(folder, repo) -> dict:
+    model, processor = load(folder)
+    model.push_to_hub(repo)
+    processor.push_to_hub(repo)
+    return everywhere(repo)
 
 
 def download(repo, folder) -> dict:

@@ -1,4 +1,4 @@
-"""`python true_size.py REPORT`: forward passes through the shapes of the 7B model, and what they took."""
+"""`python true_size.py FAMILY REPORT`: forward passes through the shapes of a family's 7B model, and what they took."""
 
 import json
 import resource
@@ -9,42 +9,66 @@ import code_package  # noqa: F401
 import numpy as np
 import torch
 import transformers
+from families import FAMILIES
 from PIL import Image
 from places import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlavaNextImageProcessor,
-    LlavaNextVideoVideoProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from rediprune.processing_rediprune import ReDiPruneProcessor  # noqa: E402
 from shapes import SHAPES, random_model, shape_config  # noqa: E402
 
+FRAMES = 8
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+RATIOS = (1, 0.15, 0.1)  # for which placeholders are counted
+# Forward passes: kind, keep ratio, and what is changed in the pruning block.
+RUNS = {
+    "llava": [("image", 0.1, {})],
+    "llava_next": [("image", 0.1, {})],
+    "llava_next_video": [
+        ("image", 0.15, {}),
+        ("video", 0.15, {}),
+        ("video", 0.15, {"pooling": "skip"}),
+    ],
+    "video_llava": [("image", 0.1, {}), ("video", 0.1, {})],
+}
+TOKENS = {
+    "image": 32000,
+    "video": 32001,
+}  # of the published checkpoints, but for LLaVA-NeXT-Video, which has them swapped
 
 
-def build_processor(config) -> ReDiPruneProcessor:
+def build_config(family):
+    """The published sizes, the language model cut to two layers."""
+    config = shape_config(SHAPES["llava-next-video-7b"], layers=2)
+    if family.name == "llava_next_video":
+        return config
+    parts = {"text_config": config.text_config, "vision_config": config.vision_config}
+    if family.name == "video_llava":
+        parts["vision_config"].image_size = 224
+    if family.name == "llava_next":
+        parts["image_grid_pinpoints"] = PINPOINTS
+    return family.config_class(**parts, **{f"{kind}_token_index": TOKENS[kind] for kind in family.kinds})
+
+
+def build_processor(family, config):
     """The published preprocessing around a tokenizer with the published ids of the placeholders."""
-    words = {
-        "<unk>": 0,
-        "where": 1,
-        "is": 2,
-        "it": 3,
-        "<image>": config.image_token_index,
-        "<video>": config.video_token_index,
-    }
+    words = {"<unk>": 0, "where": 1, "is": 2, "it": 3}
+    words |= {f"<{kind}>": getattr(config, f"{kind}_token_id") for kind in family.kinds}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    size = {"height": 336, "width": 336}
-    return ReDiPruneProcessor(
-        video_processor=LlavaNextVideoVideoProcessor(size={"shortest_edge": 336}, crop_size=size, do_center_crop=True),
-        image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": 336}, crop_size=size, image_grid_pinpoints=PINPOINTS
-        ),
+    side = config.vision_config.image_size
+    options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    pinpoints = {"image_grid_pinpoints": PINPOINTS} if "next" in family.name else {}
+    parts = {"image_processor": family.image_processor_class(**options, **pinpoints)}
+    if "video" in family.kinds:
+        parts["video_processor"] = family.video_processor_class(**options, do_center_crop=True)
+    return family.processor_class(
+        **parts,
         tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>", "<video>"]
+            tokenizer_object=tokenizer,
+            unk_token="<unk>",
+            additional_special_tokens=[f"<{kind}>" for kind in family.kinds],
         ),
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -52,46 +76,54 @@ def build_processor(config) -> ReDiPruneProcessor:
     )
 
 
-def measure(model, inputs, token_id) -> dict:
+def measure(model, inputs) -> dict:
     projected = []
     projector = model.model.multi_modal_projector
     handle = projector.register_forward_pre_hook(lambda module, args: projected.append(args[0].flatten(0, -2).shape[0]))
     outputs = model(**inputs.to(torch.bfloat16), logits_to_keep=1, use_cache=False)
     handle.remove()
-    kept = outputs.get("video_kept_indices")
+    kept = outputs.get("video_kept_indices") or outputs.get("image_kept_indices")
     return {
-        "placeholders": int((inputs["input_ids"] == token_id).sum()),
         "projected": sum(projected),
-        "kept": None if kept is None else list(kept[0].shape),
+        "kept": list(kept[0].shape),
         "logits": list(outputs.logits.shape),
         "finite": bool(outputs.logits.isfinite().all()),
     }
 
 
 @torch.no_grad()
-def main(report: str) -> None:
-    config = shape_config(SHAPES["llava-next-video-7b"], layers=2)
-    model, processor = random_model(config), build_processor(config)
-    generator = np.random.default_rng(0)
-    video = generator.integers(0, 256, (8, 336, 336, 3), dtype=np.uint8)
-    result = {
-        "token_ids": [config.image_token_id, config.video_token_id],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+def main(name: str, report: str) -> None:
+    (family,) = [family for family in FAMILIES if family.name == name]
+    config = build_config(family)
+    model, processor = random_model(config), build_processor(family, config)
+    generator, side = np.random.default_rng(0), config.vision_config.image_size
+    media = {
+        "image": Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)),
+        "video": generator.integers(0, 256, (FRAMES, side, side, 3), dtype=np.uint8),
     }
-    media = {"text": "<video> where is it", "videos": video}
-    unpruned = processor(**media, keep_ratio=1)["input_ids"]
-    result["unpruned"] = {"placeholders": int((unpruned == config.video_token_id).sum())}
-    for name, pooling in (("pooled", True), ("unpooled", False)):
-        model.config.pruning = {"video_pooling": pooling}
+    tokens = {kind: getattr(config, f"{kind}_token_id") for kind in family.kinds}
+    result = {
+        "token_ids": list(tokens.values()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "counts": {},
+        "runs": [],
+    }
+
+    def prepare(kind, keep_ratio):
+        inputs = processor(text=f"<{kind}> where is it", **{f"{kind}s": media[kind]}, keep_ratio=keep_ratio)
+        return inputs, int((inputs["input_ids"] == tokens[kind]).sum())
+
+    for kind in family.kinds:
+        result["counts"][kind] = [prepare(kind, keep_ratio)[1] for keep_ratio in RATIOS]
+    for kind, keep_ratio, block in RUNS[name]:
+        model.config.pruning = block
         processor.pruning = model.config.pruning
-        result[name] = measure(model, processor(**media), config.video_token_id)
-    image = Image.fromarray(generator.integers(0, 256, (336, 672, 3), dtype=np.uint8))
-    inputs = processor(text="<image> where is it", images=image)
-    result["image"] = measure(model, inputs, config.image_token_id)
+        inputs, placeholders = prepare(kind, keep_ratio)
+        result["runs"].append({"placeholders": placeholders, **measure(model, inputs)})
     result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     Path(report).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    main(sys.argv[1])
+    main(*sys.argv[1:])

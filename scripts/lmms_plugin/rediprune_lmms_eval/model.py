@@ -24,7 +24,7 @@ class ReDiPrune(Huggingface):
     Args:
         pretrained: folder or Hub id of a repository with this project's code.
         revision: of a Hub id.
-        num_frames: frames sampled from a video; as the repository's video processor says where not given.
+        num_frames: frames sampled from a video, where it takes any; as the repository's video processor says where not given.
         dtype: `bfloat16` (that of `huggingface`), `float16`, `float32` or `auto`.
         attn_implementation: `sdpa`, `eager` or `flash_attention_2`.
         times: file for seconds and numbers of tokens of every request; with several processes, one file each.
@@ -66,6 +66,10 @@ class ReDiPrune(Huggingface):
         ).eval()
         self.processor = AutoProcessor.from_pretrained(pretrained, **options)
         if num_frames is not None:
+            if not self._model.config.takes_videos:
+                raise ValueError(
+                    f"num_frames={num_frames} is for videos, but {pretrained} takes images alone; leave it out"
+                )
             self.processor.video_processor.num_frames = num_frames
         self._tokenizer = self.processor.tokenizer
         self._config = self._model.config
@@ -84,7 +88,11 @@ class ReDiPrune(Huggingface):
         output = self._generate(**inputs)
         self._synchronize()
         ids = inputs["input_ids"]
-        visual = torch.tensor([self._config.image_token_id, self._config.video_token_id], device=ids.device)
+        placeholders = [
+            self._config.image_token_id,
+            getattr(self._config, "video_token_id", None),
+        ]  # not all take videos
+        visual = torch.tensor([token for token in placeholders if token is not None], device=ids.device)
         self._requests.append(
             {
                 "seconds": time.perf_counter() - start,

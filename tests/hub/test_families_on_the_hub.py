@@ -1,0 +1,190 @@
+"""Variants of every family: exported, loaded through everything that loads a model, saved, pushed, and carried to the other line
+of transformers. Every step runs in a fresh process."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import export
+import pytest
+import torch
+from exporting import run
+from families import FAMILIES
+from hub_server import Hub
+from places import ROOT
+from test_hub import OTHER_PYTHON, assert_same, environment, needs_other, run_step
+from tiny import random_image, random_video, write_video
+from transformers import AutoProcessor
+
+KEEP_RATIO = 0.25
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as hub:
+        hub.add_token("hf_me", "me")
+        yield hub
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    """Where everything of a family is, and what the code of its cards asks about."""
+    folder = tmp_path_factory.mktemp(family.name)
+    random_image().save(folder / "photo.jpg")
+    write_video(folder / "clip.mp4", random_video(frames=12))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(family, folder):
+    (folder / "base").mkdir()
+    return family.save_stock_checkpoint(folder / "base")
+
+
+@pytest.fixture(scope="module")
+def variant(base, folder):
+    """Exported by the command, which compares it with its base."""
+    script, output = ROOT / "scripts" / "export.py", folder / "variant"
+    command = [sys.executable, script, base, "--keep-ratio", KEEP_RATIO, "--output", output]
+    result = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "bit for bit" in result.stdout
+    return output
+
+
+@pytest.fixture(scope="module")
+def loaded(variant, folder):
+    return run_step("everywhere", None, folder / "home", repo=variant)
+
+
+def check(family, found, expected):
+    """Every way of loading gives this family's classes and what `expected` gave."""
+    assert found["config"] == family.config_class.__name__
+    assert found["processor"] == found["pipeline"] == family.processor_class.__name__
+    fingerprints = list(expected["seen"].values())
+    assert len(found["seen"]) == 3  # three Auto classes on either line
+    for name, fingerprint in found["seen"].values():
+        assert name == family.model_class.__name__
+        assert_same(fingerprint, fingerprints[0][1], KEEP_RATIO)
+    assert found["weights"] == expected["weights"]
+
+
+def test_a_copy_loads_through_every_auto_class(family, loaded):
+    check(family, loaded, loaded)
+
+
+def test_a_link_is_the_copy_without_its_weights(family, base, folder, loaded):
+    arguments = [base, "--link", "--keep-ratio", KEEP_RATIO, "--output", folder / "linked", "--no-check"]
+    export.export(export.parse_arguments([*map(str, arguments)]))
+    assert not list((folder / "linked").glob("*.safetensors"))
+    check(family, run_step("everywhere", None, folder / "home", repo=folder / "linked"), loaded)
+
+
+@pytest.mark.parametrize(
+    "python", [sys.executable, pytest.param(OTHER_PYTHON, marks=needs_other)], ids=["this", "other"]
+)
+def test_the_code_of_the_card_answers(variant, folder, python):
+    assert run_step("card", None, folder / "home", python=python, folder=variant)["printed"]
+
+
+def test_saved_and_loaded_again(variant, folder, loaded):
+    again = run_step("saved_again", None, folder / "home", repo=variant, folder=folder / "again")
+    assert again["weights"] == loaded["weights"]
+    assert_same(again["seen"], loaded["seen"]["AutoModel"][1])
+
+
+# -- bases as they are published ---------------------------------------------------------------------------------------
+
+
+def published(base, folder):
+    """The base with the files that the oldest of the published checkpoints have: no template, no file of the processor's own or
+    of the videos'."""
+    shutil.copytree(base, folder)
+    processor = json.loads((folder / "processor_config.json").read_text())
+    if "image_processor" in processor:  # as 5.x writes it
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor["image_processor"]))
+    for name in (
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ):
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def test_an_old_base(family, base, folder, variant, capsys):
+    arguments = [published(base, folder / "published"), "--output", folder / "old", "--no-check"]
+    export.export(export.parse_arguments([*map(str, arguments), "--keep-ratio", str(KEEP_RATIO)]))
+    assert "Vicuna" in capsys.readouterr().out
+    new = AutoProcessor.from_pretrained(variant, trust_remote_code=True)
+    old = AutoProcessor.from_pretrained(folder / "old", trust_remote_code=True)
+    assert type(old).__name__ == family.processor_class.__name__
+    assert "USER: <image>" in old.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where ?"}]}]
+    )
+    for index in range(len(family.prompts())):
+        found, expected = (family.inputs(processor, index) for processor in (old, new))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    if OTHER_PYTHON:
+        seen = run_step("everywhere", None, folder / "home", python=OTHER_PYTHON, repo=folder / "old")
+        assert seen["processor"] == family.processor_class.__name__
+
+
+@pytest.mark.parametrize(
+    "says, sampled",
+    [
+        ({}, (True, 8)),
+        ({"do_sample_frames": False}, (True, 8)),  # which transformers writes for every class that has nothing to say
+        ({"do_sample_frames": True, "num_frames": 4}, (True, 4)),
+        ({"do_sample_frames": True, "fps": 2}, (True, None)),
+    ],
+    ids=str,
+)
+def test_frames_of_video_llava(says, sampled, tmp_path):
+    """8 of a clip, as it was trained, where its base names no number."""
+    family = next(family for family in FAMILIES if family.name == "video_llava")
+    (tmp_path / "stock").mkdir()
+    base = published(family.save_stock_checkpoint(tmp_path / "stock"), tmp_path / "base")
+    if says:
+        images = json.loads((base / "preprocessor_config.json").read_text())
+        videos = {
+            "video_processor_type": "VideoLlavaVideoProcessor",
+            "size": images["size"],
+            "crop_size": images["crop_size"],
+        }
+        (base / "video_preprocessor_config.json").write_text(json.dumps({**videos, **says}))
+    run(base, "--output", tmp_path / "variant")
+    written = json.loads((tmp_path / "variant" / "video_preprocessor_config.json").read_text())
+    assert written["video_processor_type"] == "VideoLlavaVideoProcessor" and "image_processor_type" not in written
+    assert (written["do_sample_frames"], written.get("num_frames")) == sampled
+    processor = family.processor_class.from_pretrained(tmp_path / "variant")
+    video = write_video(tmp_path / "clip.mp4", random_video(frames=12))
+    frames = processor(text="<video> where ?", videos=[str(video)])["pixel_values_videos"].shape[1]
+    assert frames == (sampled[1] or 2)  # 1.2 seconds
+
+
+@needs_other
+@pytest.mark.parametrize("first", ["this", "other"])
+def test_what_one_line_saved_the_other_one_loads(family, variant, folder, loaded, first):
+    lines = [sys.executable, OTHER_PYTHON] if first == "this" else [OTHER_PYTHON, sys.executable]
+    saved = folder / f"saved by {first}"
+    run_step("saved_again", None, folder / "home", python=lines[0], repo=variant, folder=saved)
+    check(family, run_step("everywhere", None, folder / "home", python=lines[1], repo=saved), loaded)
+
+
+def test_pushed_and_loaded_by_id(family, hub, variant, folder, loaded):
+    check(family, run_step("pushed", hub, folder / "home-hub", folder=variant, repo=f"me/{family.name}"), loaded)
+
+
+@needs_other
+def test_the_other_line_loads_by_id_what_this_one_pushed(family, hub, folder, loaded):
+    found = run_step("everywhere", hub, folder / "home-other", python=OTHER_PYTHON, repo=f"me/{family.name}")
+    check(family, found, loaded)
