@@ -15,9 +15,8 @@ from exporting import run as export_variant
 from families import FAMILIES
 from make_lmms_task import TASKS, write_task
 from places import ROOT
+from plugin import PLUGIN, installed_plugin
 from rediprune.inputs_video import read_video
-
-PLUGIN = ROOT / "scripts" / "lmms_plugin"
 
 
 @pytest.fixture(scope="module")
@@ -158,17 +157,6 @@ def test_the_plugin_names_its_entry_point():
     code = (PLUGIN / "rediprune_lmms_eval" / "__init__.py").read_text()
     assert "def manifest()" in code and '"rediprune_lmms_eval.model.ReDiPrune"' in code
     assert "class ReDiPrune(Huggingface)" in (PLUGIN / "rediprune_lmms_eval" / "model.py").read_text()
-
-
-def installed_plugin(folder):
-    """A search path on which the plug-in counts as installed."""
-    (folder / "rediprune_lmms_eval-0.1.0.dist-info").mkdir()
-    for name, text in {
-        "METADATA": "Metadata-Version: 2.1\nName: rediprune-lmms-eval\nVersion: 0.1.0\n",
-        "entry_points.txt": "[lmms_eval.models]\nrediprune = rediprune_lmms_eval:manifest\n",
-    }.items():
-        (folder / "rediprune_lmms_eval-0.1.0.dist-info" / name).write_text(text)
-    return os.pathsep.join(map(str, (folder, PLUGIN)))
 
 
 def lmms_eval(folder, task, model, model_args, search_path="", name="rediprune_world"):

@@ -136,6 +136,7 @@ WRITERS = {
     "make_lmms_task": ["--output", "OUTPUT"],
     "make_samples": ["--output", "OUTPUT"],
     "train_tiny": ["--work-dir", "WORK", "--output", "OUTPUT"],
+    "reproduce": ["--output", "OUTPUT"],
 }
 NO_WRITERS = {
     "bootstrap",
