@@ -163,23 +163,26 @@ def pruning_of(model, cell: dict):
 
 
 def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:
-    """A prompt of random words around one random video in every row."""
+    """A prompt of random words around one random video in every row, or one image where the model takes no videos."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     size = config.vision_config.image_size
-    visual = model.layout_class.video(model.frame_size, frames, pruning).num_placeholders(pruning)
-    placeholders = {config.image_token_id, config.video_token_id}
+    if config.takes_videos:
+        layout, token = model.layout_class.video(model.frame_size, frames, pruning), config.video_token_id
+        shape, name = (batch, frames, 3, size, size), "pixel_values_videos"
+    elif hasattr(config, "image_grid_pinpoints"):
+        raise ValueError(f"{config.model_type} cuts its images into tiles, which no random medium here has")
+    else:
+        layout, token = model.layout_class.image(model.frame_size, (size, size)), config.image_token_id
+        shape, name = (batch, 3, size, size), "pixel_values"
+    placeholders = {config.image_token_id, token}
     words = torch.tensor(
         [word for word in range(FIRST_WORD, config.text_config.vocab_size) if word not in placeholders]
     )
     words = words[torch.randint(len(words), (batch, text), generator=generator)]
-    video = torch.full((batch, visual), config.video_token_id)
-    ids = torch.cat([words[:, :TEXT_BEFORE], video, words[:, TEXT_BEFORE:]], dim=1).to(model.device)
-    pixels = torch.randn(batch, frames, 3, size, size, generator=generator)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": pixels.to(model.device, model.dtype),
-    }
+    medium = torch.full((batch, layout.num_placeholders(pruning)), token)
+    ids = torch.cat([words[:, :TEXT_BEFORE], medium, words[:, TEXT_BEFORE:]], dim=1).to(model.device)
+    pixels = torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), name: pixels}
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ import selection_cost
 import torch
 from benchmark_selection import compare, measure_size, plain_select
 from benchmark_tables import COLUMNS, _goal, markdown, spread, summarise
+from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.ops_selection import select_rediprune
@@ -445,3 +446,17 @@ def test_selection_cost(monkeypatch, tmp_path, capsys):
     assert text.strip() in capsys.readouterr().out and "| 36 x 64 | 4 | " in text
     few["samples"] = {"row by row": [0.001, 0.002, 0.003], "all pairs": [0.002, 0.004, 0.004]}
     assert "| 2 (1 to 3) | 4 (2 to 4) | 0.50 (0.50 to 0.75) | row by row | yes |" in selection_cost.markdown(report)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_is_measured_on_a_medium_that_it_takes(family):
+    model = family.model()
+    model.config.pruning.keep_ratio = 0.25
+    if family.name == "llava_next":
+        with pytest.raises(ValueError, match="rediprune_llava_next cuts its images into tiles"):
+            benchmark.random_inputs(model, model.config.pruning, frames=1, batch=1, text=30, seed=0)
+        return
+    inputs = benchmark.random_inputs(model, model.config.pruning, frames=2, batch=2, text=30, seed=0)
+    assert ("pixel_values_videos" in inputs) == model.config.takes_videos
+    row = benchmark.measure_once(model, inputs, 2)
+    assert row["end to end"] > row["prefill"] > 0 and row["selection"] > 0
