@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .methods_encoder import EvoPrune  # noqa: F401
     from .methods_registry import METHODS  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
-    from .methods_settings import SHARED  # noqa: F401
+    from .methods_settings import DEFAULT_METHOD  # noqa: F401
     from .ops_merging import DIVERSITY_WEIGHT  # noqa: F401
     from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
     from .ops_relevance import RELEVANCES  # noqa: F401
