@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Optional
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, VideoLlavaConfig
 
 from .hub_files import code_in_place
-from .hub_untrusted import names_folder, resolve_folder
+from .hub_untrusted import names_folder, resolve_text_tower
 from .hub_versions import register_for_serving
 from .methods_registry import METHODS
 from .methods_settings import collect_settings, is_whole, shown
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 
 LINK_KEYS = ("weights_from", "weights_revision")
 MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
-
-
-def _resolve_tower(block, variant):
-    """A pruning block, if it is a dictionary, with the folder of its `text_tower` resolved."""
-    if not (isinstance(block, dict) and isinstance(block.get("text_tower"), str)):
-        return block
-    return {**block, "text_tower": resolve_folder("text_tower", block["text_tower"], variant)}
 
 
 def _are_sizes(value) -> bool:
@@ -258,7 +251,7 @@ class PrunedConfigMixin:
             )
         for values in (config_dict, kwargs):
             if "pruning" in values:
-                values["pruning"] = _resolve_tower(values["pruning"], pretrained_model_name_or_path)
+                values["pruning"] = resolve_text_tower(values["pruning"], pretrained_model_name_or_path)
         return config_dict, kwargs
 
     @classmethod

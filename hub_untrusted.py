@@ -42,6 +42,13 @@ def resolve_folder(key: str, place: str, variant) -> str:
     return os.path.abspath(folder)
 
 
+def resolve_text_tower(block, variant):
+    """A pruning block, if it is a dictionary, with the folder of its `text_tower` resolved."""
+    if not (isinstance(block, dict) and isinstance(block.get("text_tower"), str)):
+        return block
+    return {**block, "text_tower": resolve_folder("text_tower", block["text_tower"], variant)}
+
+
 def find_files(source: str, names: list, **hub) -> dict:
     """
     The files of a checkpoint with these names.
