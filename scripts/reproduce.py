@@ -38,7 +38,13 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-SETTINGS = ("local", "limit", "pooling", "judge", "text_tower")  # runs that differ in one do not go into one folder
+SETTINGS = (
+    "local",
+    "limit",
+    "video_pooling",
+    "judge",
+    "text_tower",
+)  # runs that differ in one do not go into one folder
 CHOICES = {"tables": "1 2", "backbones": "llava-1.5-7b", "methods": "original rediprune", "benchmarks": "gqa"}
 LOCAL_SCENES = 20
 
@@ -54,8 +60,8 @@ def parse_arguments():
         add(f"--{kind}", nargs="+", metavar="NAME", help=f"only these, such as {example}")
     add("--limit", type=at_least_one, help="only the first samples of each task, to try things out")
     add("--gpus", type=lambda text: text.split(","), default=[None], metavar="0,1", help="one process on each of these")
-    pooling = "of LLaVA-NeXT-Video: the paper's 576 tokens a frame (skip), or the 144 that it was trained with (before)"
-    add("--pooling", choices=["skip", "before"], default="skip", help=pooling)
+    pooling = "of LLaVA-NeXT-Video: the paper's 576 tokens a frame (false), or the 144 that it was trained with (true)"
+    add("--video-pooling", choices=["false", "true"], default="false", help=pooling)
     add(
         "--judge",
         default="gpt-3.5-turbo-0125",
@@ -115,8 +121,8 @@ class Plan:
         """The changes to the pruning block, and the frames."""
         backbone, method = self.data["backbones"][run.backbone], self.data["methods"][run.method]
         options = {**backbone["options"], "keep_ratio": self.benchmark(run)["keep_ratio"], **method["options"]}
-        if "pooling" in options:
-            options["pooling"] = self.args.pooling
+        if "video_pooling" in options:
+            options["video_pooling"] = self.args.video_pooling
         if method.get("reads_clip") and backbone.get("clip_vision_tower"):
             options["text_tower"] = self.args.text_tower
         return options
@@ -129,7 +135,7 @@ class Plan:
             command = [ROOT / "scripts" / "benchmark.py", "--model", variant, "--dtype", dtype, "--new-tokens", 5]
             command += [*self.data["backbones"][run.backbone]["speed"], "--methods", options.get("method", "rediprune")]
             command += ["--ratios", self.benchmark(run)["keep_ratio"], "--output", folder / "speed"]
-            command += ["--pooling", options["pooling"]] if "pooling" in options else []
+            command += ["--video-pooling", options["video_pooling"]] if "video_pooling" in options else []
         else:
             model = {"pretrained": variant, "dtype": dtype, **options, "times": folder / "times.json"}
             model = ",".join(f"{key}={value}" for key, value in model.items())
@@ -279,7 +285,7 @@ def report(plan: Plan) -> None:
     args, remarks = plan.args, []
     if args.limit:
         remarks.append(f"Measured on the first {args.limit} samples of each task alone: not the benchmarks' figures.")
-    if args.pooling == "before":
+    if args.video_pooling == "true":
         remarks.append("Measured with pooling: LLaVA-NeXT-Video has 144 tokens a frame, in the paper 576.")
     if any(plan.benchmark(run).get("judge") for run in plan.records):
         remarks.append(f"Judge of the measured figures: {args.judge}.")

@@ -28,7 +28,7 @@ RUNS = {
     "llava_next_video": [
         ("image", 0.15, {}),
         ("video", 0.15, {}),
-        ("video", 0.15, {"pooling": "skip"}),
+        ("video", 0.15, {"video_pooling": False}),
     ],
     "video_llava": [("image", 0.1, {}), ("video", 0.1, {})],
 }
