@@ -3,7 +3,7 @@
 The tests come from the source archive of the installed release, at test time:
 
     pip download --no-deps --no-binary :all: transformers==$(python -c "import transformers; print(transformers.__version__)")
-    TRANSFORMERS_SDIST=transformers-*.tar.gz python -m pytest tests/model/test_transformers_suite.py
+    TRANSFORMERS_SDIST=transformers-*.tar.gz python -m pytest -o addopts= tests/model/test_transformers_suite.py
 
 The archive holds `ModelTesterMixin` and `ConfigTester`. `GenerationTesterMixin` (tests/generation) is not in it, nor are the
 model folders, so generation is tested by this repository's own tests alone.
