@@ -21,6 +21,8 @@ from train_tiny import (
     view_maps,
 )
 
+pytestmark = pytest.mark.slow  # the vocabulary of its fixtures is counted from thousands of generated questions
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
