@@ -17,6 +17,7 @@ from test_hub import OTHER_PYTHON, assert_same, environment, needs_other, run_st
 from tiny import random_image, random_video, write_video
 from transformers import AutoProcessor
 
+pytestmark = [pytest.mark.hub, pytest.mark.slow]
 KEEP_RATIO = 0.25
 
 

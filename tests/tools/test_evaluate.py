@@ -321,6 +321,7 @@ def test_what_is_drawn_runs_once_for_each_seed(monkeypatch, tmp_path):
     assert "mean of 2 seeds" in (tmp_path / "a.md").read_text()
 
 
+@pytest.mark.slow
 def test_controls_are_scored_against_the_original_question(monkeypatch, tmp_path):
     report = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "rediprune,query=constant")
     assert report["rows"][1]["by_type"]["colour"]["accuracy"] > 0.5

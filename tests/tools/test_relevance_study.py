@@ -43,6 +43,7 @@ def test_shown_tokens_lie_on_the_objects():
     assert not tokens[0][torch.tensor(nothing)].any()
 
 
+@pytest.mark.slow
 def test_the_study_tells_aligned_from_unaligned_relevance(monkeypatch, tmp_path):
     arguments = ["relevance_study.py", "--output", str(tmp_path / "found"), "--scenes", "3", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", arguments)

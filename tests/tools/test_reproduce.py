@@ -212,6 +212,7 @@ def test_the_paper_stands_beside_what_was_measured(monkeypatch, stand_in, tmp_pa
         run(monkeypatch, tmp_path, *choice, "--methods", "divprune")
 
 
+@pytest.mark.slow
 def test_a_stopped_command_ends_its_runs(stand_in, tmp_path):
     command = [sys.executable, ROOT / "scripts" / "reproduce.py", "--output", tmp_path / "out", *WORLD]
     process = subprocess.Popen(
@@ -227,6 +228,7 @@ def test_a_stopped_command_ends_its_runs(stand_in, tmp_path):
         os.kill(int(line.split()[-1]), 0)
 
 
+@pytest.mark.slow
 def test_a_backbone_gets_its_variant_or_a_message(monkeypatch, base, tmp_path, capfd):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--output", str(tmp_path), "--backbones", "llava-next-video-7b"])
     plan = reproduce.Plan(reproduce.parse_arguments())
@@ -241,6 +243,7 @@ def test_a_backbone_gets_its_variant_or_a_message(monkeypatch, base, tmp_path, c
     assert "missing: no such folder" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_times_of_the_small_checkpoint(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path, "--local", "--tables", 3, "--methods", "original")
     figures = cells(tmp_path, "3", "embedded", "original")
