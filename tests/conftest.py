@@ -11,7 +11,7 @@ __all__ = ["make_inputs"]
 # Of transformers' own tests, which tests/model/test_transformers_suite.py imports.
 SUITE_MARKS = (
     "accelerate_tests bitsandbytes flash_attn_test flash_attn_3_test flash_attn_4_test is_training_test is_fsdp_test "
-    "is_expert_parallel_test is_pipeline_test is_staging_test is_tensor_parallel_test torch_compile_test torch_export_test"
+    "is_expert_parallel_test is_pipeline_test is_staging_test is_tensor_parallel_test order torch_compile_test torch_export_test"
 ).split()
 
 
