@@ -184,11 +184,16 @@ def test_what_one_line_saved_the_other_one_loads(family, variant, folder, loaded
     check(family, run_step("everywhere", None, folder / "home", python=lines[1], repo=saved), loaded)
 
 
-def test_pushed_and_loaded_by_id(family, hub, variant, folder, loaded):
-    check(family, run_step("pushed", hub, folder / "home-hub", folder=variant, repo=f"me/{family.name}"), loaded)
+@pytest.fixture(scope="module")
+def pushed(family, hub, variant, folder):
+    return run_step("pushed", hub, folder / "home-hub", folder=variant, repo=f"me/{family.name}")
+
+
+def test_pushed_and_loaded_by_id(family, pushed, loaded):
+    check(family, pushed, loaded)
 
 
 @needs_other
-def test_the_other_line_loads_by_id_what_this_one_pushed(family, hub, folder, loaded):
+def test_the_other_line_loads_by_id_what_this_one_pushed(family, hub, pushed, folder, loaded):
     found = run_step("everywhere", hub, folder / "home-other", python=OTHER_PYTHON, repo=f"me/{family.name}")
     check(family, found, loaded)
