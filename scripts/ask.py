@@ -54,12 +54,9 @@ def answer(args, model, processor, keep_ratio) -> dict:
         output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
     seconds = {"reading the media": reading, **timer.seconds}
-    visual = torch.isin(
-        inputs["input_ids"], torch.tensor([model.config.image_token_id, model.config.video_token_id]).to(output.device)
-    )
     return {
         "answer": processor.decode(new_tokens, skip_special_tokens=True).strip(),
-        "visual_tokens": int(visual.sum()),
+        "visual_tokens": visual_tokens(processor, inputs),
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": len(new_tokens),
         "seconds": {stage: round(seconds.get(stage, 0.0), 5) for stage in STAGES},
@@ -122,10 +119,13 @@ def write_overlay(args, model, processor, inputs, caption: str) -> None:
 
 
 def count_unpruned(args, processor) -> int:
-    inputs, _ = prepare(args, processor, 1.0)
-    return int(
-        sum((inputs["input_ids"] == token).sum() for token in (processor.image_token_id, processor.video_token_id))
-    )
+    return visual_tokens(processor, prepare(args, processor, 1.0)[0])
+
+
+def visual_tokens(processor, inputs) -> int:
+    """How many placeholders a prompt has."""
+    tokens = [getattr(processor, f"{kind}_token_id") for kind in processor.placeholders]
+    return sum(int((inputs["input_ids"] == token).sum()) for token in tokens)
 
 
 if __name__ == "__main__":

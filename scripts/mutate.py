@@ -101,7 +101,8 @@ TESTS = {
     "scripts/repository.py": ("test_benchmark.py", "test_evaluate.py", "test_tools.py", "test_visualize.py"),
     "scripts/tflops.py": ("test_tflops.py",),
     "scripts/toy_world.py": ("test_toy_world.py",),
-    "scripts/visualize_trace.py": ("test_visualize.py",),
+    "scripts/pictures.py": ("test_families_in_tools.py", "test_visualize.py"),
+    "scripts/visualize_trace.py": ("test_visualize.py", "test_families_in_tools.py"),
 }  # fmt: skip
 LEFT_BEHIND = shutil.ignore_patterns(
     ".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "*.part"

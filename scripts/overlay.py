@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pictures import patches_of, pictures_of
 from PIL import Image, ImageDraw, ImageFont
 from repository import PICTURES, write_whole
 
@@ -18,65 +19,33 @@ def draw_overlay(model, processor, inputs, caption: str, path: Path) -> None:
     """Writes a contact sheet of the media in `inputs`, with what `model` keeps of them.
 
     Args:
-        inputs: what the processor returned, with `pixel_values` or `pixel_values_videos`.
+        inputs: what the processor returned.
         caption: a line above the pictures.
         path: the picture's file.
     """
-    panels = []
     with torch.inference_mode():
         items = model.select_tokens(**inputs)
-    images = iter(inputs.get("pixel_values", []))
-    videos = iter(inputs.get("pixel_values_videos", []))
-    for number, item in enumerate(items, 1):
-        kept = item.layout.split(item.kept.cpu())
-        if item.kind == "video":
-            frames = to_pictures(next(videos), processor.video_processor)
-            grid = item.layout.grids[0]
-            for index, frame in enumerate(frames):
-                panels.append((f"frame {index + 1}", panel(frame, grid, kept[index])))
-        else:
-            views = to_pictures(next(images), processor.image_processor)
-            panels.append((f"image {number}, base view", panel(views[0], item.layout.grids[0], kept[0])))
-            size = inputs["image_sizes"][number - 1].tolist()
-            if item.layout.grids[1].tokens_per_set:
-                tiles = untile(model, views[1:], size)
-                panels.append((f"image {number}, tiles", panel(tiles, item.layout.grids[1], kept[1])))
+    panels = []
+    of_items = pictures_of(model, processor, inputs, [item.layout for item in items])
+    for item, pictures in zip(items, of_items):
+        grids = [grid for grid in item.layout.grids for _ in range(grid.frames)]
+        for (label, picture), grid, patches in zip(pictures, grids, patches_of(item.layout)):
+            if picture.size:
+                panels.append((label, panel(picture, grid, torch.isin(patches, item.kept.cpu()))))
     save(sheet(panels, caption), path)
 
 
-def to_pictures(pixels: torch.Tensor, preprocessing) -> list:
-    """Preprocessed pixels (N, 3, height, width) as N pictures, uint8 (height, width, 3)."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.image_mean, preprocessing.image_std))
-    pictures = (pixels.cpu().float() * std + mean).clamp(0, 1) * 255
-    return list(pictures.round().byte().permute(0, 2, 3, 1).numpy())
-
-
-def untile(model, tiles: list, image_size) -> np.ndarray:
-    """The tiles of an image put together, without their padding."""
-    from importlib import import_module
-
-    geometry = import_module(type(model).__module__.rpartition(".")[0] + ".core_layout")
-    vision = model.config.vision_config
-    side = vision.image_size // vision.patch_size
-    crop = geometry.crop_of_tiles(image_size, model.config.image_grid_pinpoints, vision.image_size, side)
-    rows = [np.concatenate(tiles[r * crop.columns : (r + 1) * crop.columns], axis=1) for r in range(crop.rows)]
-    whole = np.concatenate(rows)
-    top, left, height, width = (vision.patch_size * value for value in crop[2:])
-    return whole[top : top + height, left : left + width]
-
-
 def panel(picture: np.ndarray, grid, kept: torch.Tensor) -> Image.Image:
-    """One picture with its kept cells bright and framed."""
+    """One picture with its kept cells, true in (height * width,) bool, bright and framed."""
     scale = CELL / min(picture.shape[:2])
     size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
     bright = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
-    mask = np.zeros(grid.tokens_per_set, dtype=np.uint8)
-    mask[kept.numpy()] = 255
-    mask = Image.fromarray(mask.reshape(grid.height, grid.width)).resize(size, Image.Resampling.NEAREST)
+    mask = 255 * kept.numpy().astype(np.uint8).reshape(grid.height, grid.width)
+    mask = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
     dimmed = Image.fromarray((np.asarray(bright.convert("L").convert("RGB")) * DIMMED).astype(np.uint8))
     result = Image.composite(bright, dimmed, mask)
     draw = ImageDraw.Draw(result)
-    for index in kept.tolist():
+    for index in kept.nonzero()[:, 0].tolist():
         row, column = divmod(index, grid.width)
         box = [column * size[0] / grid.width, row * size[1] / grid.height]
         box += [(column + 1) * size[0] / grid.width - 1, (row + 1) * size[1] / grid.height - 1]

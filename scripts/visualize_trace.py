@@ -9,7 +9,7 @@ from typing import Optional
 import numpy as np
 import torch
 from media import chat_prompt, process
-from overlay import to_pictures, untile
+from pictures import PIXELS, patches_of, pictures_of, pixels_of
 
 # What a method may look at, beside the features themselves, and how a caption calls it; of several the first is shown.
 LOOKS = {
@@ -31,7 +31,8 @@ class Panel:
 @dataclass
 class Trace:
     """
-    One question and one method through all keep ratios. Tokens are counted through all panels, in raster order in each.
+    One question and one method through all keep ratios. Tokens are counted through all panels, in raster order in each;
+    those without a place in a picture, such as CLS, count in `counts` alone.
 
     Attributes:
         question, setting: what was asked, and the method with its changes to the pruning block.
@@ -112,7 +113,7 @@ class PreparedMedia:
     def __init__(self, args, model, processor, media: dict):
         self.model, self.processor, self.media = model, processor, media
         inputs = process(args, processor, media, "?", keep_ratio=1.0)
-        names = ("pixel_values", "pixel_values_videos", "image_sizes")
+        names = (*sum(PIXELS.values(), ()), "image_sizes")
         self.pixels = {name: inputs[name] for name in names if name in inputs}
         self.on_device = {
             name: values.to(model.device, model.dtype if values.is_floating_point() else None)
@@ -139,18 +140,10 @@ class PreparedMedia:
 
     def panels(self) -> list:
         """The pictures as the model sees them."""
-        if "videos" in self.media:
-            frames = to_pictures(self.pixels["pixel_values_videos"][0], self.processor.video_processor)
-            return [Panel(f"frame {number}", frame) for number, frame in enumerate(frames, 1)]
-        panels, several = [], len(self.media["images"]) > 1
-        for number, (pixels, size) in enumerate(
-            zip(self.pixels["pixel_values"], self.pixels["image_sizes"].tolist()), 1
-        ):
-            name = f"image {number}, " if several else ""
-            views = to_pictures(pixels, self.processor.image_processor)
-            panels.append(Panel(name + "base view", views[0]))
-            panels.append(Panel(name + "tiles", untile(self.model, views[1:], size)))
-        return panels
+        pixels, sizes = pixels_of(self.pixels), self.pixels.get("image_sizes")
+        layouts = self.model.layouts_of(pixels, sizes, self.processor.pruning)
+        of_items = pictures_of(self.model, self.processor, self.pixels, layouts)
+        return [Panel(label, picture) for pictures in of_items for label, picture in pictures]
 
 
 def ratio_grid(model, prepared: PreparedMedia, pruning, asked, max_steps: int) -> list:
@@ -173,7 +166,8 @@ def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, 
         if look is None:
             look, look_name = looked_at(items)
         counts.append(sum(len(item.kept) for item in items))
-        masks.append(np.concatenate([np.isin(np.arange(item.layout.num_tokens), item.kept.cpu()) for item in items]))
+        patches = [torch.cat(patches_of(item.layout)) for item in items]
+        masks.append(np.concatenate([np.isin(of_item, item.kept.cpu()) for of_item, item in zip(patches, items)]))
     grids = [
         (number, grid) for number, item in enumerate(items) for grid in item.layout.grids for _ in range(grid.frames)
     ]
@@ -202,6 +196,7 @@ def looked_at(items) -> tuple:
     """
     parts, names = [], set()
     for item in items:
+        of_item = []
         for signals, tokens in zip(item.sets, item.signals):
             if tokens is None or "source_indices" in signals:
                 return None, None
@@ -209,6 +204,7 @@ def looked_at(items) -> tuple:
             if name is None:
                 return None, None
             values = getattr(tokens, name)
-            parts.append((values.sum(1) if name == "text_affinity" else values).float().cpu().flatten())
+            of_item.append((values.sum(1) if name == "text_affinity" else values).float().cpu().flatten())
             names.add(name)
+        parts.append(torch.cat(of_item)[torch.cat(patches_of(item.layout))])
     return torch.cat(parts).numpy(), names.pop()

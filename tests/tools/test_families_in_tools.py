@@ -1,0 +1,60 @@
+"""The tools that show what was kept, with every family."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from ask import visual_tokens
+from families import FAMILIES
+from media import add_media_arguments, read_media
+from overlay import draw_overlay
+from pictures import patches_of, pictures_of
+from PIL import Image
+from places import ROOT
+from repository import FeatureMemory
+from visualize_trace import PreparedMedia, ratio_grid, trace
+
+MEDIA = {"image": "image-1.png", "video": "video-1.mp4"}
+CASES = [pytest.param(family, kind, id=f"{family.name}-{kind}") for family in FAMILIES for kind in family.kinds]
+
+
+def prepared(family, kind, **pruning):
+    parser = argparse.ArgumentParser()
+    add_media_arguments(parser)
+    args = parser.parse_args([f"--{kind}", str(ROOT / "samples" / MEDIA[kind])])
+    model, processor = family.model(**pruning), family.processor(**pruning)
+    FeatureMemory(model)
+    return model, processor, PreparedMedia(args, model, processor, read_media(args))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, kind", CASES)
+def test_an_overlay_shows_every_kept_patch(family, kind, tmp_path):
+    model, processor, media = prepared(family, kind, keep_ratio=0.3)
+    inputs = media.inputs("where is it", processor.pruning)
+    (item,) = model.select_tokens(**inputs)
+    assert visual_tokens(processor, inputs) == len(item.kept)
+    (pictures,) = pictures_of(model, processor, inputs, [item.layout])
+    grids = [grid for grid in item.layout.grids for _ in range(grid.frames)]
+    for (_, picture), grid, patches in zip(pictures, grids, patches_of(item.layout), strict=True):
+        assert len(patches) == grid.height * grid.width
+        assert picture.dtype == np.uint8 and picture.shape[:2] == (4 * grid.height, 4 * grid.width) or grid.height == 4
+    draw_overlay(model, processor, inputs, "caption", tmp_path / "kept.png")
+    assert Image.open(tmp_path / "kept.png").size[0] > 200
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, kind", CASES)
+@pytest.mark.parametrize("method", ["rediprune", "divprune"])
+def test_a_trace_has_the_masks_of_what_is_kept(family, kind, method):
+    model, processor, media = prepared(family, kind, method=method)
+    ratios = ratio_grid(model, media, processor.pruning, [0.25], 4)
+    item = trace(model, media, "where is it", method, processor.pruning, ratios)
+    assert [picture.picture.shape[0] // grid[0] for picture, grid in zip(media.panels(), item.grids, strict=True)]
+    assert item.num_tokens == sum(height * width for height, width in item.grids)
+    assert item.masks[-1].all()
+    (kept,) = model.select_tokens(**media.inputs("where is it", processor.pruning.with_keep_ratio(0.25)))
+    patches = torch.cat(patches_of(kept.layout))
+    assert item.masks[item.step(0.25)].tolist() == torch.isin(patches, kept.kept).tolist()
+    assert item.counts[item.step(0.25)] == len(kept.kept)
