@@ -188,7 +188,7 @@ class PrunedForwardMixin:
         cache = outputs.get(CACHE_NAME) if cache is None else cache
         if cache is not None and (cached is not None or record is not None):
             if record is None:
-                record = TokenRecord(None, torch.zeros(tokens.shape[:2], device=tokens.device))
+                record = TokenRecord(None, torch.zeros(tokens.shape[:2], dtype=torch.float32, device=tokens.device))
             write_record(cache, num_layers, record, num_cached)
         return outputs
 

@@ -110,7 +110,7 @@ def expanded_order(items: list, batch: int, expand_size: int) -> dict:
 def tokens_by_place(items: list, masks: dict, values: str, fill: float) -> torch.Tensor:
     """(B, T) fp32: the attribute `values` (k,) of the items at their placeholders, and `fill` at all other tokens."""
     mask = next(iter(masks.values()))
-    result = torch.full(mask.shape, fill, device=mask.device)
+    result = torch.full(mask.shape, fill, dtype=torch.float32, device=mask.device)
     for kind, mask in masks.items():
         group = [getattr(item, values) for item in items if item.kind == kind]
         if group:

@@ -99,7 +99,7 @@ class Pruner:
         features, tokens = signals["features"], None
         num_sets, num_tokens = features.shape[:2]
         kept = torch.arange(num_tokens, device=features.device).expand(num_sets, -1)
-        token_sizes = torch.ones(kept.shape, device=features.device)
+        token_sizes = torch.ones(kept.shape, dtype=torch.float32, device=features.device)
         if num_kept < num_tokens:
             weighs, merge_weight = (self.pruning.resolved(key) for key in ("proportional_attention", "merge_weight"))
             tokens = self._look(signals, words, rows, clip)

@@ -25,6 +25,7 @@ class LinkedWeightsMixin:
 
         Raises:
             OSError: the base of a linked variant cannot be loaded, or a weights file is damaged.
+            RuntimeError: tensors have no values, since another thread was loading, too (transformers 4.57).
             ValueError: the checkpoint lacks a tensor of the model, or holds one that the model does not have or has in
                 another shape (the message names them), or the base of a linked variant is of another architecture.
         """
@@ -60,6 +61,12 @@ class LinkedWeightsMixin:
             raise ValueError(
                 f"the checkpoint does not fit {cls.__name__}: {'; '.join(problems)}. Missing and mismatched tensors would be "
                 "random and unexpected ones lost, so nothing was loaded; check that the files belong to this config.json."
+            )
+        absent = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+        if absent and "device_map" not in kwargs:  # transformers 4.57 builds models with modules patched for the whole process
+            raise RuntimeError(
+                f"{len(absent)} tensors of the model have no values, such as {absent[0]}: another thread was loading a model at "
+                "the same time, which this version of transformers does not allow. Load one after the other, before requests run."
             )
         return (model, info) if output_loading_info else model
 

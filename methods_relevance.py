@@ -31,7 +31,7 @@ class CDPruner(Method):
     relevance_with_tower = "clip"
 
     def select(self, tokens, num_kept, pruning):
-        quality = torch.ones(tokens.features.shape[:2], device=tokens.features.device)
+        quality = torch.ones(tokens.features.shape[:2], dtype=torch.float32, device=tokens.features.device)
         if tokens.relevance is not None:
             quality = unit_range(tokens.relevance)
         return select_conditional_dpp(tokens.projected, quality, num_kept)
@@ -104,7 +104,7 @@ class Trim(Method):
         check_finite("features", features)
         relevance = tokens.relevance
         if relevance is None:  # nothing tells the tokens apart
-            relevance = torch.zeros(features.shape[:2], device=features.device)
+            relevance = torch.zeros(features.shape[:2], dtype=torch.float32, device=features.device)
         kept = top_tokens(relevance, max(1, num_kept - 1))
         if num_kept == 1:
             return gather_tokens(features, kept), kept

@@ -127,7 +127,7 @@ def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None)
         if index in schedule:
             patches = states[:, 1:]
             if sizes is None:
-                sizes = torch.ones(source_indices.shape, device=states.device)
+                sizes = torch.ones(source_indices.shape, dtype=torch.float32, device=states.device)
                 patches, keys = gather_tokens(patches, source_indices), gather_tokens(keys, source_indices)
                 attention = attention.gather(1, source_indices)
             patches, sizes, source_indices = merge_tokens(

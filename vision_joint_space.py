@@ -77,7 +77,9 @@ class JointSpace:
         An empty question is zero.
         """
         parts, there = self.parts.to(ids.device), mask.any(-1)
-        vectors = torch.zeros(*there.shape, parts["text_projection"].out_features, device=ids.device)
+        vectors = torch.zeros(
+            *there.shape, parts["text_projection"].out_features, dtype=torch.float32, device=ids.device
+        )
         if there.any():
             with torch.autocast(ids.device.type, enabled=False):
                 states = parts["text_model"](input_ids=ids[there], attention_mask=mask[there]).pooler_output

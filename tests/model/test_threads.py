@@ -111,3 +111,24 @@ def test_ratios_at_once():
         return [torch.tensor(inputs["input_ids"].shape), model(**inputs).logits.detach()]
 
     assert_as_alone(count, ratios, same_tensors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_default_dtype_of_the_process_decides_nothing(method):
+    """Another thread sets it while it loads a model in half precision."""
+    settings = {"method": method, "keep_ratio": 0.3}
+    settings |= {} if METHODS[method].merges_in_encoder else {"proportional_attention": True, "positions": "original"}
+    model, requests = tiny_model(**settings), requests_of(tiny_processor(**settings))
+
+    def select(request):
+        items = model.select_tokens(**request)
+        return [part for item in items for part in (item.kept, item.tokens, item.token_sizes) if part is not None]
+
+    expected = [[*select(request), model(**request).logits] for request in requests]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [[*select(request), model(**request).logits] for request in requests]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(same_tensors, expected, found))
