@@ -212,7 +212,7 @@ class PrunedForwardMixin:
         Which tokens a forward pass would keep, without running the language model: for pictures and analysis.
 
         Args:
-            return_signals (`bool`, defaults to `False`): keep in each item what the method looked at.
+            return_signals (`bool`, defaults to `False`): keep in each item the signals that the method was shown.
 
         Returns:
             `list[MediaItem]`: images first, then videos, each with its `layout`, `row` and flat `kept` indices.

@@ -23,7 +23,7 @@ class MediaItem:
         kept: (k,) ascending indices of the tokens that stay, counted through all sets; `layout.split` tells the frames apart.
         tokens: (k, C) features of the tokens that stay.
         token_sizes: (k,) fp32, how many tokens each of them stands for; `None` without proportional attention.
-        signals: what the method looked at, a `VisualTokens` for each entry of `layout.sets`, where that was asked for; `None` for
+        signals: the signals that the method was shown, a `VisualTokens` for each entry of `layout.sets`, where that was asked for; `None` for
             a set that keeps all of its tokens.
     """
 

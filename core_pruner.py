@@ -46,7 +46,7 @@ class Pruner:
         return METHODS[self.pruning.method]
 
     def __call__(self, items: list, question: Question, keep_signals: bool = False) -> None:
-        """Fills in `kept`, `tokens` and `token_sizes` of the items, and with `keep_signals` what the method looked at."""
+        """Fills in `kept`, `tokens` and `token_sizes` of the items, and with `keep_signals` the signals that the method was shown."""
         weighs = self.pruning.prunes and self.pruning.resolved("proportional_attention")
         words = self._words(question)
         seeds = None
@@ -102,7 +102,7 @@ class Pruner:
         token_sizes = torch.ones(kept.shape, dtype=torch.float32, device=features.device)
         if num_kept < num_tokens:
             weighs, merge_weight = (self.pruning.resolved(key) for key in ("proportional_attention", "merge_weight"))
-            tokens = self._look(signals, words, rows, clip)
+            tokens = self._visual_tokens(signals, words, rows, clip)
             features, kept = self.method.reduce(tokens, num_kept, self.pruning)
             if weighs or merge_weight:
                 nearest = nearest_kept(tokens.compared, kept, tokens.times, self.pruning.resolved("time_weight"))
@@ -115,7 +115,7 @@ class Pruner:
         return features, kept, token_sizes, tokens
 
     @torch.no_grad()
-    def _look(self, signals: dict, words, rows: list, clip) -> VisualTokens:
+    def _visual_tokens(self, signals: dict, words, rows: list, clip) -> VisualTokens:
         """
         The signals of N sets that the method requires: those of the encoder, and what is computed from them.
 

@@ -63,7 +63,9 @@ class LinkedWeightsMixin:
                 "random and unexpected ones lost, so nothing was loaded; check that the files belong to this config.json."
             )
         absent = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
-        if absent and "device_map" not in kwargs:  # transformers 4.57 builds models with modules patched for the whole process
+        if (
+            absent and "device_map" not in kwargs
+        ):  # transformers 4.57 builds models with modules patched for the whole process
             raise RuntimeError(
                 f"{len(absent)} tensors of the model have no values, such as {absent[0]}: another thread was loading a model at "
                 "the same time, which this version of transformers does not allow. Load one after the other, before requests run."

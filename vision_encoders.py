@@ -63,7 +63,7 @@ class LlavaEncoder:
 
     def encode_images(self, images: list, pixels: torch.Tensor, image_sizes) -> None:
         """`pixels`: (images, 3, height, width)."""
-        signals = self.look(pixels, "image")
+        signals = self.patch_signals(pixels, "image")
         for index, item in enumerate(images):
             item.sets = [_map(signals, lambda values: values[index : index + 1])]
 
@@ -75,7 +75,7 @@ class LlavaEncoder:
         for item, features, source_indices in zip(images, *(values.split(1) for values in found)):
             item.sets = [{"features": features, "source_indices": source_indices}]
 
-    def look(self, pixels: torch.Tensor, kind: str) -> dict:
+    def patch_signals(self, pixels: torch.Tensor, kind: str) -> dict:
         """Features and signals of the patches of N pictures (N, 3, height, width), each (N, P, ...)."""
         options = {"vision_feature_layer": self.layer, "vision_feature_select_strategy": self.strategy}
         signals = self.model.patch_features(pixels, self._signals(), kind=kind, **options)
@@ -111,7 +111,7 @@ class LlavaNextEncoder(LlavaEncoder):
 
     def encode_images(self, images, pixels, image_sizes):
         crops, views = self._views_of_images(pixels, image_sizes)
-        signals = self.look(torch.cat(views), "image")
+        signals = self.patch_signals(torch.cat(views), "image")
         ends = itertools.accumulate(len(views_) for views_ in views)
         for item, crop, views_, end in zip(images, crops, views, ends):
             start = end - len(views_)
@@ -166,7 +166,7 @@ class LlavaNextVideoEncoder(LlavaNextEncoder):
 
     def encode_videos(self, videos: list, pixels: torch.Tensor) -> None:
         """`pixels`: (videos, frames, 3, height, width)."""
-        signals = self.look(pixels.flatten(0, 1), "video")
+        signals = self.patch_signals(pixels.flatten(0, 1), "video")
         if self.pruning.video_pooling:
             features = self.model.model.vision_resampler(signals.pop("features"))
             signals = {"features": features, **_map(signals, self._pool)}
@@ -195,7 +195,7 @@ class VideoLlavaEncoder(LlavaEncoder):
 
     def encode_videos(self, videos: list, pixels: torch.Tensor) -> None:
         """`pixels`: (videos, frames, 3, height, width)."""
-        signals = self.look(pixels.flatten(0, 1), "video")
+        signals = self.patch_signals(pixels.flatten(0, 1), "video")
         for index, item in enumerate(videos):
             item.sets = [_map(signals, lambda values: values.chunk(len(videos))[index])]
 
