@@ -38,13 +38,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-SETTINGS = (
-    "local",
-    "limit",
-    "video_pooling",
-    "judge",
-    "text_tower",
-)  # runs that differ in one do not go into one folder
+# Runs that differ in one of these do not go into one folder.
+SETTINGS = ("local", "limit", "video_pooling", "judge", "text_tower")
 CHOICES = {"tables": "1 2", "backbones": "llava-1.5-7b", "methods": "original rediprune", "benchmarks": "gqa"}
 LOCAL_SCENES = 20
 
