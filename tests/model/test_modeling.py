@@ -17,6 +17,7 @@ from tiny import (
     IMAGE_SIZE,
     PATCHES,
     POOLED,
+    TEXT_SIZES,
     by_frame,
     random_image,
     random_video,
@@ -841,19 +842,8 @@ def test_generation_without_a_mask(processor, model):
 
 def test_static_cache_of_layered_masks(processor):
     """Some language models get one mask for each kind of attention layer."""
-    text = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     torch.manual_seed(0)
-    config = tiny_config(text_config=text)
+    config = tiny_config(text_config=Qwen2Config(**TEXT_SIZES))
     from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 
     model = Model(config).eval()

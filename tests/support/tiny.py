@@ -25,6 +25,17 @@ IMAGE_SIZE, PATCH_SIZE = 32, 4
 PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
 POOLED = PATCHES // 4
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+TEXT_SIZES = dict(  # of the language models
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 WORDS = (
     "USER : ASSISTANT what colour is the star ? where which way does it move red blue left right top how many".split()
 )
@@ -98,18 +109,7 @@ def tiny_config(cls=None, **kwargs):
         num_hidden_layers=3,
         num_attention_heads=2,
     )
-    text = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        max_position_embeddings=2048,
-    )
+    text = LlamaConfig(**TEXT_SIZES, max_position_embeddings=2048)
     cls = cls or ReDiPruneConfig
     of_type = cls.base_model_type if hasattr(cls, "base_model_type") else cls.model_type
     if "video" in of_type:
