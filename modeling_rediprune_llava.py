@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .core_attention import biased_mask  # noqa: F401
     from .core_cache import TokenRecord  # noqa: F401
     from .core_items import MediaItem  # noqa: F401
+    from .core_language import LanguageForwardMixin  # noqa: F401
+    from .core_media import MediaStagesMixin  # noqa: F401
     from .core_positions import unpruned_columns  # noqa: F401
     from .core_pruner import Pruner  # noqa: F401
     from .core_question import Question  # noqa: F401

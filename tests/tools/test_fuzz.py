@@ -7,6 +7,7 @@ import sys
 import fuzz
 import pytest
 import rediprune.core_forward as forward
+import rediprune.core_language as language
 import rediprune.core_pruner as pruner
 import torch
 from fuzz_cases import CACHES, draw_case
@@ -64,8 +65,8 @@ FAULTS = {
     "another order": (Method, "reduce", backwards, "is not ascending"),
     "gaps in other places": (forward, "unpruned_columns", late_gaps, "logits differ"),
     "other sizes": (pruner, "group_sizes", lambda *args: real_sizes(*args) + 1, "sizes add up to"),
-    "a cache that forgets": (forward, "read_record", lambda *args: None, "logits differ|Error"),
-    "sizes without weight": (forward, "all_sizes", lambda *args: None, "logits differ"),
+    "a cache that forgets": (language, "read_record", lambda *args: None, "logits differ|Error"),
+    "sizes without weight": (language, "all_sizes", lambda *args: None, "logits differ"),
     "one row decides for all": (
         forward, "question_mask", lambda masks, *args, **kwargs: torch.ones_like(masks), "alone|differ"
     ),
