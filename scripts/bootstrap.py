@@ -25,6 +25,8 @@ REQUIREMENTS = ("requirements.txt", "requirements-test.txt")
 # These depend on a version of huggingface-hub that differs between transformers 4 and 5.
 THIN_LAYER = ("transformers", "accelerate", "huggingface-hub")
 STAMP = "complete"
+# One process on each core; the tests of a file stay together, since they share its models.
+TEST = ["-m", "pytest", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadscope"]
 
 
 class BootstrapError(Exception):
@@ -124,9 +126,11 @@ def main():
         sys.exit(f"bootstrap: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    command = {"ask": [ROOT / "scripts" / "ask.py"], "test": ["-m", "pytest"], "python": []}[options.command]
+    command = {"ask": [ROOT / "scripts" / "ask.py"], "test": TEST, "python": []}[options.command]
     # Paths given to `ask` are the caller's; pytest's are the repository's.
     directory = ROOT if options.command == "test" else None
+    if options.command == "test":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process on each core: more threads would only wait for one another
     try:
         code = subprocess.run([python, *command, *options.arguments], cwd=directory).returncode
     except KeyboardInterrupt:

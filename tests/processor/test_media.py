@@ -125,7 +125,7 @@ def test_an_image_is_turned_upright(processor, tmp_path):
     assert inputs["image_sizes"].tolist() == [list(image.size)]
 
 
-@pytest.mark.parametrize("image", [5, b"bytes", {"path": "a.png"}, object()], ids=str)
+@pytest.mark.parametrize("image", [5, b"bytes", {"path": "a.png"}, object()], ids=lambda value: type(value).__name__)
 def test_what_is_no_image(processor, image):
     with pytest.raises(
         ValueError, match=f"image 1 is of type {type(image).__name__}, but must be a PIL image, an array, or a string"

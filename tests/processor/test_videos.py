@@ -153,7 +153,7 @@ def test_a_stream_without_positions(processor, tmp_path):
     assert torch.equal(processor(text="<video>", videos=Pipe())["pixel_values_videos"], expected)
 
 
-@pytest.mark.parametrize("video", [5, {"path": "a.mp4"}, object()], ids=str)
+@pytest.mark.parametrize("video", [5, {"path": "a.mp4"}, object()], ids=lambda value: type(value).__name__)
 def test_what_is_no_video(processor, video):
     with pytest.raises(
         ValueError, match=f"video 0 is of type {type(video).__name__}, but must be a path, an http or https URL"
