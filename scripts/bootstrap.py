@@ -130,7 +130,7 @@ def main():
     # Paths given to `ask` are the caller's; pytest's are the repository's.
     directory = ROOT if options.command == "test" else None
     if options.command == "test":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process on each core: more threads would only wait for one another
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # with a process on each core, more threads only wait
     try:
         code = subprocess.run([python, *command, *options.arguments], cwd=directory).returncode
     except KeyboardInterrupt:
