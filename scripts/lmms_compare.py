@@ -1,8 +1,10 @@
-"""Sets lmms-eval's answers on the task of generated videos beside those of evaluate.py to the same questions.
+"""Sets lmms-eval's answers on the task of generated videos or images beside those of evaluate.py to the same questions.
 
 Example:
     python scripts/lmms_compare.py --output runs/local --questions runs/lmms-task/questions.jsonl \\
         --pair runs/lmms runs/accuracy.answers.jsonl rediprune 0.15
+    python scripts/lmms_compare.py --kind image --output runs/images --questions runs/lmms-images/questions.jsonl \\
+        --pair runs/lmms-llava runs/accuracy.answers.jsonl rediprune 0.15
 """
 
 import argparse
@@ -10,9 +12,8 @@ import json
 from pathlib import Path
 
 from evaluate_report import percent, table
+from make_lmms_task import TASKS
 from repository import environment, fail, keep_ratio, output_prefix, write_results
-
-TASK = "rediprune_world"
 
 
 def read_lines(path: Path) -> list:
@@ -24,50 +25,53 @@ def read_lines(path: Path) -> list:
         fail(f"{path} has an incomplete line ({error}): was its run killed? Run it again")
 
 
-def answers_of_lmms_eval(folder: Path) -> list:
-    files = sorted(folder.rglob(f"*_samples_{TASK}.jsonl"))
+def answers_of_lmms_eval(folder: Path, task: str) -> list:
+    files = sorted(folder.rglob(f"*_samples_{task}.jsonl"))
     if not files:
-        fail(f"{folder} holds no *_samples_{TASK}.jsonl; run lmms-eval with --log_samples and --output_path {folder}")
+        fail(f"{folder} holds no *_samples_{task}.jsonl; run lmms-eval with --log_samples and --output_path {folder}")
     samples = sorted(read_lines(files[-1]), key=lambda sample: sample["doc_id"])
     return [sample["filtered_resps"].strip() for sample in samples]
 
 
-def results_of_lmms_eval(folder: Path) -> dict:
+def results_of_lmms_eval(folder: Path, task: str) -> dict:
     files = sorted(folder.rglob("*_results.json"))
     if not files:
         fail(f"{folder} holds no *_results.json; was its run killed? Run lmms-eval again")
     try:
         result = json.loads(files[-1].read_text(encoding="utf-8"))
-        result["config"]["model_args"], result["results"][TASK]["accuracy,none"]
+        result["config"]["model_args"], result["results"][task]["accuracy,none"]
     except (ValueError, KeyError, TypeError) as error:
-        fail(f"{files[-1]} is not the whole result of {TASK} ({error!r}); run lmms-eval again")
+        fail(f"{files[-1]} is not the whole result of {task} ({error!r}); run lmms-eval again")
     return result
 
 
-def answers_of_evaluate(path: Path, setting: str, keep_ratio: float) -> list:
-    cells = [cell for cell in read_lines(path)[1:] if cell["kind"] == "video"]
+def answers_of_evaluate(path: Path, kind: str, setting: str, keep_ratio: float) -> list:
+    cells = [cell for cell in read_lines(path)[1:] if cell["kind"] == kind]
     for cell in cells:
         if (cell["setting"], cell["keep_ratio"]) == (setting, keep_ratio):
             return cell["answers"]
     known = ", ".join(f"{cell['setting']} {cell['keep_ratio']:g}" for cell in cells)
-    fail(f"{path} has no videos with {setting} {keep_ratio:g}; it has: {known or 'none'}")
+    fail(f"{path} has no {kind}s with {setting} {keep_ratio:g}; it has: {known or 'none'}")
 
 
-def compare(expected: list, folder: Path, path: Path, setting: str, keep_ratio: float) -> dict:
-    """Accuracy of both, and how many answers are the same."""
-    given = {"lmms-eval": answers_of_lmms_eval(folder), "evaluate.py": answers_of_evaluate(path, setting, keep_ratio)}
+def compare(kind: str, expected: list, folder: Path, path: Path, setting: str, keep_ratio: float) -> dict:
+    """Accuracy of both on the task of a kind of media, and how many answers are the same."""
+    given = {
+        "lmms-eval": answers_of_lmms_eval(folder, TASKS[kind]),
+        "evaluate.py": answers_of_evaluate(path, kind, setting, keep_ratio),
+    }
     for name, answers in given.items():
         if len(answers) != len(expected):
             fail(
                 f"{name} has {len(answers)} answers to {len(expected)} questions; use the same number of scenes for all"
             )
-    result = results_of_lmms_eval(folder)
+    result = results_of_lmms_eval(folder, TASKS[kind])
     return {
         "model": result["config"]["model"],
         "model_args": result["config"]["model_args"],
         "setting": setting,
         "keep_ratio": keep_ratio,
-        "lmms_eval_reports": result["results"][TASK]["accuracy,none"],
+        "lmms_eval_reports": result["results"][TASKS[kind]]["accuracy,none"],
         "accuracy": {name: sum(map(str.__eq__, answers, expected)) / len(expected) for name, answers in given.items()},
         "same_answers": sum(map(str.__eq__, *given.values())),
         "questions": len(expected),
@@ -99,6 +103,9 @@ def markdown(rows: list) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where the table goes: OUTPUT.md, OUTPUT.json")
+    parser.add_argument(
+        "--kind", choices=TASKS, default="video", help="what the task asks about (default: %(default)s)"
+    )
     parser.add_argument("--questions", type=Path, required=True, help="questions.jsonl of the task's folder")
     parser.add_argument(
         "--pair", nargs=4, action="append", required=True, metavar=("FOLDER", "ANSWERS", "SETTING", "RATIO")
@@ -107,7 +114,7 @@ def main():
     output = output_prefix(args.output)
     expected = [question["answer"] for question in read_lines(args.questions)]
     rows = [
-        compare(expected, Path(folder), Path(answers), setting, _ratio(ratio))
+        compare(args.kind, expected, Path(folder), Path(answers), setting, _ratio(ratio))
         for folder, answers, setting, ratio in args.pair
     ]
     content = {"environment": environment(), "rows": rows}

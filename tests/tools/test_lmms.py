@@ -129,22 +129,23 @@ def test_the_table_says_what_is_wrong(monkeypatch, tmp_path):
     assert not (tmp_path / "table.md").exists()
 
 
-def test_answers_are_compared_one_by_one(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind, task_name", [("video", "rediprune_world"), ("image", "rediprune_world_image")])
+def test_answers_are_compared_one_by_one(monkeypatch, tmp_path, kind, task_name):
     compare = importlib.import_module("lmms_compare")
-    results(tmp_path / "run", rediprune_world={"accuracy": 0.5})
+    results(tmp_path / "run", **{task_name: {"accuracy": 0.5}})
     samples = [{"doc_id": 1, "filtered_resps": "b"}, {"doc_id": 0, "filtered_resps": " a "}]
-    (tmp_path / "run" / "1_samples_rediprune_world.jsonl").write_text("\n".join(map(json.dumps, samples)))
-    cell = {"kind": "video", "setting": "rediprune", "keep_ratio": 0.15, "answers": ["a", "c"]}
+    (tmp_path / "run" / f"1_samples_{task_name}.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    cell = {"kind": kind, "setting": "rediprune", "keep_ratio": 0.15, "answers": ["a", "c"]}
     (tmp_path / "a.answers.jsonl").write_text(f"{{}}\n{json.dumps(cell)}\n")
     (tmp_path / "questions.jsonl").write_text('{"answer": "a"}\n{"answer": "c"}\n')
     pair = ["--pair", tmp_path / "run", tmp_path / "a.answers.jsonl", "rediprune"]
     arguments = ["lmms_compare.py", "--output", tmp_path / "out", "--questions", tmp_path / "questions.jsonl", *pair]
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.15"])
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.15", "--kind", kind])
     compare.main()
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["accuracy"] == {"lmms-eval": 0.5, "evaluate.py": 1.0} and row["same_answers"] == 1
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.3"])
-    with pytest.raises(SystemExit, match="has no videos with rediprune 0.3; it has: rediprune 0.15"):
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.3", "--kind", kind])
+    with pytest.raises(SystemExit, match=f"has no {kind}s with rediprune 0.3; it has: rediprune 0.15"):
         compare.main()
 
 
