@@ -9,11 +9,12 @@ Examples:
 
 import argparse
 import json
+import statistics
 import time
 
 import torch
 from media import add_media_arguments, process, read_media
-from repository import StageTimer, add_model_arguments, environment, fail, load, output_picture
+from repository import StageTimer, add_model_arguments, at_least_one, environment, fail, load, output_picture
 
 STAGES = ("reading the media", "vision encoder", "selection", "projector", "prefill", "decode")
 
@@ -28,6 +29,12 @@ def parse_arguments():
     parser.add_argument("--method", help="pruning method (default: as config.json says)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--compare", action="store_true", help="also answer with all visual tokens, side by side")
+    parser.add_argument(
+        "--rounds",
+        type=at_least_one,
+        default=5,
+        help="runs of each with --compare, after one that warms up; times are their medians (default: %(default)s)",
+    )
     parser.add_argument("--overlay", help="picture of the frames, kept patches bright and the rest dimmed (.png, .jpg)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_model_arguments(parser)
@@ -65,6 +72,23 @@ def answer(args, model, processor, keep_ratio) -> dict:
     }
 
 
+def answers(args, model, processor) -> dict:
+    """The answer, and with `--compare` the unpruned model's beside it: run in turns, with the median of each stage."""
+    ratios = {"pruned": None, "unpruned": 1.0} if args.compare else {"pruned": None}
+    rounds = [
+        {name: answer(args, model, processor, ratio) for name, ratio in ratios.items()}
+        for _ in range(1 + args.rounds if args.compare else 1)
+    ]
+    timed = rounds[1:] or rounds  # the first run of a process is slower than all others
+    results = rounds[-1]
+    for name, result in results.items():
+        for stage in STAGES:
+            result["seconds"][stage] = statistics.median(once[name]["seconds"][stage] for once in timed)
+        result["total_seconds"] = statistics.median(once[name]["total_seconds"] for once in timed)
+        result["runs"] = len(timed)
+    return results
+
+
 def print_report(args, results: dict) -> None:
     print(f"question: {args.question}")
     for name, result in results.items():
@@ -76,6 +100,10 @@ def print_report(args, results: dict) -> None:
     for stage in STAGES:
         print(f"{stage:22}" + "".join(f"{1000 * result['seconds'][stage]:>11.1f} ms" for result in results.values()))
     print(f"{'total':22}" + "".join(f"{1000 * result['total_seconds']:>11.1f} ms" for result in results.values()))
+    runs = results["pruned"]["runs"]
+    print(
+        f"(medians of {runs} runs in turns)" if args.compare else "(one run, the first of its process: no measurement)"
+    )
 
 
 def main():
@@ -85,14 +113,9 @@ def main():
     }
     try:
         model, processor = load(args, pruning)
-        if args.compare:
-            answer(args, model, processor, None)  # the first run of a process is slower than all others
-        results = {"pruned": answer(args, model, processor, None)}
-        inputs = results["pruned"].pop("inputs")
+        results = answers(args, model, processor)
+        inputs = [result.pop("inputs") for result in results.values()][0]
         unpruned_tokens = count_unpruned(args, processor)
-        if args.compare:
-            results["unpruned"] = answer(args, model, processor, 1.0)
-            results["unpruned"].pop("inputs")
     except (ValueError, OSError, ImportError) as error:
         fail(str(error))
     if args.json:

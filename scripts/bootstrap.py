@@ -5,10 +5,11 @@
     python3 scripts/bootstrap.py test [pytest arguments]
     python3 scripts/bootstrap.py python scripts/evaluate.py [arguments]
 
+The first call fetches about 3 GB of packages, 6 GB when installed, in one to five minutes; later ones start at once.
 Options stand before the command. There are two layers: `base` holds torch and whatever else does not depend
-on the version of transformers (about 6 GB); a thin one per version of transformers sees the base through a
-.pth file, so that a second version costs seconds. An environment is made anew when the requirements change or
-it is incomplete.
+on the version of transformers; a thin one per version of transformers sees the base through a .pth file, so
+that a second version costs seconds. An environment is made anew when the requirements change or it is
+incomplete.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +66,28 @@ def run(command, purpose):
         raise BootstrapError(f"{purpose} failed with exit code {code}; its own message is above")
 
 
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def install(python, requirements):
+    """pip install, with a line for every file that is fetched and one for the long step after that."""
+    say(f"Installing {', '.join(requirements)}")
+    start = time.monotonic()
+    pip = [python, "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check", *requirements]
+    with subprocess.Popen(pip, stdout=subprocess.PIPE, text=True) as process:
+        for line in map(str.strip, process.stdout):
+            found = re.match(r"(Downloading|Using cached) (?:\S*/)?([^/\s]+?)-(\d[^-\s]*)\S* (\(.+\))", line)
+            if found and not line.endswith(".metadata"):
+                action, name, version, size = found.groups()
+                say(f"{time.monotonic() - start:5.0f} s  {action.lower()} {name} {version} {size}")
+            elif line.startswith("Installing collected packages"):
+                say(f"{time.monotonic() - start:5.0f} s  unpacking {line.count(',') + 1} packages")
+    if process.returncode:
+        raise BootstrapError(f"pip install failed with exit code {process.returncode}; its own message is above")
+    say(f"{time.monotonic() - start:5.0f} s  done")
+
+
 def make_environment(environment, requirements, base=None):
     """
     Makes the virtual environment if it is missing, out of date or incomplete.
@@ -77,7 +101,8 @@ def make_environment(environment, requirements, base=None):
     stamp = hashlib.sha256("\n".join(made_from).encode()).hexdigest()
     if is_complete(environment, stamp):
         return
-    print(f"Installing {', '.join(requirements)} into {environment}", file=sys.stderr, flush=True)
+    size = "packages that depend on the version of transformers" if base else "torch and what goes with it, about 3 GB"
+    say(f"Making {environment} ({size}; once)")
     if environment.exists():
         shutil.rmtree(environment)
     # A step that fails or is interrupted leaves no stamp: the next call starts over.
@@ -90,8 +115,7 @@ def make_environment(environment, requirements, base=None):
             for layer in (environment, base)
         )
         Path(own, "base.pth").write_text(shared + "\n")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run([*pip, *requirements], "pip install")
+    install(python, requirements)
     (environment / STAMP).write_text(stamp)
 
 

@@ -129,6 +129,7 @@ def load(args, pruning: dict = None) -> tuple:
         pruning: changes to the pruning block of the repository, on top of `--pruning`.
     """
     use_device(args)
+    transformers.utils.logging.disable_progress_bar()  # of "Loading weights", which would stand between the answers
     pruning = {**dict(args.pruning), **(pruning or {})}
     options = {"revision": args.revision, "trust_remote_code": True, "pruning": pruning}
     dtype = DTYPES.get(args.dtype, args.dtype)
