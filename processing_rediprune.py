@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .methods_attention import CONTEXTUAL_SHARE  # noqa: F401
     from .methods_base import VisualTokens  # noqa: F401
     from .methods_baselines import Random  # noqa: F401
+    from .methods_block import PruningConfig  # noqa: F401
     from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
     from .methods_distance import ReDiPrune  # noqa: F401
     from .methods_encoder import EvoPrune  # noqa: F401

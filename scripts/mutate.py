@@ -67,6 +67,7 @@ TESTS = {
     "methods_attention.py": METHOD_TESTS,
     "methods_distance.py": ("test_rediprune_plus.py", *METHOD_TESTS),
     "methods_registry.py": METHOD_TESTS,
+    "methods_block.py": ("test_configuration.py", "test_settings.py", "test_rediprune_plus.py", "test_joint_space.py"),
     "methods_settings.py": ("test_settings.py", "test_configuration.py"),
     "modeling_rediprune_llava.py": (
         *MODEL_TESTS, "test_evoprune.py", "test_methods_in_model.py", "test_rediprune_plus.py", "test_prefill_chunks.py",

@@ -1,0 +1,154 @@
+"""The pruning block of `config.json`, checked when it is set."""
+
+import difflib
+from typing import Optional
+
+from .methods_registry import METHODS
+from .methods_settings import collect_settings
+
+
+class PruningConfig:
+    """
+    The `pruning` block of `config.json`: the only home of the pruning parameters.
+
+    Its keys are `method`, those below, which several methods share, and the parameters of each method, which its class
+    declares, checks and documents in `methods_*.py` (docs/methods.md has a table of all).
+
+    Every value is checked when it is set, in the constructor and by attribute. Scalars of numpy and torch are taken as the
+    numbers that they hold, and numbers that need not be whole are kept as `float`.
+
+    Args:
+        method (`str`, defaults to `"rediprune"`): which tokens stay; a key of `METHODS` in `methods_registry.py`.
+        keep_ratio (`float`, defaults to 0.15): share of the visual tokens that stay, in (0, 1]. A set of `n` tokens
+            keeps `count_kept(n, keep_ratio)`; 1 is the stock model.
+        scope (`str`, *optional*): what shares a budget. `"frame"` = each frame and each image view by itself; `"video"` =
+            all frames of a video jointly, image views by themselves; `"item"` = all tokens of a video or an image.
+        relevance (`str`, *optional*): the space in which tokens and question are compared, for the methods that look at the
+            question. `"pooled"` = the ReDiPrune paper's; `"projected"` = the language model's input embeddings;
+            `"attention"` = the query-key space of one of its first layers; `"clip"` = the joint space of `text_tower`.
+        relevance_layer (`int`, defaults to 1): the layer of `"attention"`; the question goes through the layers before it.
+        text_tower (`str`, *optional*): the CLIP checkpoint that the vision tower was made from, a Hub id (`"id@revision"` to
+            pin it) or a folder (absolute, or relative to the variant's and beginning with `.`). With it `"cdpruner"` and
+            `"trim"` compare as their papers do; its weights are loaded when they are needed and not saved with the model.
+        distance (`str`, *optional*): what max-min diversity is measured in, `"features"` of the vision tower or
+            `"projected"` tokens. Used by the ReDiPrune methods and `"divprune"`.
+        time_weight (`float`, *optional*): what the whole length of a video adds to that distance, in [0, 1e6].
+        proportional_attention (`bool`, *optional*): a kept token weighs in the language model's attention as much as all
+            tokens that it stands for.
+        merge_weight (`float`, *optional*): how far a kept token's features move to the mean of all tokens that it stands for, in
+            [0, 1].
+        query_weighting (`str`, defaults to `"exponential"`): how text embeddings become one query vector (paper,
+            Table 4); `"none"` drops the text, so that diversity alone decides.
+        query_max_tokens (`int`, defaults to 128): at most so many tokens of the text after the last placeholder.
+        video_pooling (`bool`, defaults to `True`): the tokens of a video are those that the checkpoint's own 2x2 pooling
+            leaves; else the unpooled ones of each frame.
+        positions (`str`, *optional*): `"compact"` = the pruned prompt is numbered 0..n-1, as in the paper; `"original"` =
+            every token keeps the position that it has in the unpruned prompt.
+
+    Of a key that may be `None` (the default of all that are *optional*, but for `text_tower` and `max_candidates`), `None` is
+    what the paper of the method has; `resolved` looks it up.
+
+    Raises:
+        ValueError: unknown key, or a value out of range; the message names key, value and allowed range.
+    """
+
+    def __init__(self, **values):
+        settings = self.settings()
+        self._check_keys(values)
+        checked = {key: setting.checked(key, values.get(key, setting.default)) for key, setting in settings.items()}
+        self._check_together(checked)
+        vars(self).update(checked)
+
+    def __setattr__(self, key, value):
+        self._check_keys([key])
+        value = self.settings()[key].checked(key, value)
+        self._check_together({**vars(self), key: value})
+        super().__setattr__(key, value)
+
+    def __eq__(self, other):
+        return vars(self) == vars(other) if type(other) is type(self) else NotImplemented
+
+    def __repr__(self):
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
+
+    @staticmethod
+    def settings() -> dict:
+        """The [`Setting`] of every key."""
+        return collect_settings(METHODS)
+
+    @classmethod
+    def _check_keys(cls, keys):
+        allowed = cls.settings()
+        for key in keys:
+            if key not in allowed:
+                close = difflib.get_close_matches(str(key), allowed, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown pruning key {key!r}; allowed keys: {', '.join(allowed)}{hint}")
+
+    @staticmethod
+    def _check_together(values: dict):
+        for method in METHODS.values():
+            method.check(values)
+        if values["relevance"] == "clip" and values["text_tower"] is None:
+            raise ValueError(
+                "pruning key 'relevance' is 'clip', but text_tower is None; set text_tower to a CLIP checkpoint, such as "
+                "'openai/clip-vit-large-patch14-336', or choose another relevance"
+            )
+        if METHODS[values["method"]].merges_in_encoder:
+            for key in ("scope", "proportional_attention", "merge_weight"):
+                if values[key] not in (None, "frame", False, 0):
+                    raise ValueError(
+                        f"pruning key {key} is {values[key]!r}, but method={values['method']!r} merges tokens inside the vision "
+                        f"encoder, frame by frame and with sizes of its own; leave {key} at None"
+                    )
+
+    @classmethod
+    def from_value(cls, value) -> "PruningConfig":
+        """A block from `None` (the defaults), a dictionary (merged over the defaults) or another block (copied)."""
+        if isinstance(value, PruningConfig):
+            return cls(**value.to_dict())
+        if value is None:
+            return cls()
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"pruning is {value!r}, but must be a dictionary with keys among {', '.join(cls().to_dict())}"
+            )
+        cls._check_keys(value)
+        return cls(**value)
+
+    def with_keep_ratio(self, keep_ratio: Optional[float]) -> "PruningConfig":
+        """This block with another keep ratio; itself when `keep_ratio` is `None`."""
+        return self if keep_ratio is None else type(self)(**{**vars(self), "keep_ratio": keep_ratio})
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any token can be dropped."""
+        return self.method != "none" and self.keep_ratio < 1
+
+    def resolved(self, key: str):
+        """The value of a key that may be `None`: then the method's own."""
+        value, method = getattr(self, key), METHODS[self.method]
+        if value is None and key == "relevance" and self.text_tower is not None:
+            value = method.relevance_with_tower
+        return getattr(method, key) if value is None else value
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether the question is read by a CLIP text tower, so that the processor has to give its token ids."""
+        reads = "relevance" in METHODS[self.method].required_signals and self.query_weighting != "none"
+        return self.prunes and reads and self.resolved("relevance") == "clip"
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether the question's content words are looked up, so that the processor has to give their token ids."""
+        reads = "text_affinity" in METHODS[self.method].required_signals and self.query_weighting != "none"
+        return (
+            self.prunes and reads and self.resolved("relevance") != "attention" and self.resolved("words") == "content"
+        )
+
+    def count(self, num_tokens: int) -> int:
+        """How many of the `num_tokens` tokens of one set (a frame, an image view, or all tokens of an item) stay."""
+        return METHODS[self.method].count(num_tokens, self) if self.prunes and num_tokens else num_tokens
+
+    def to_dict(self) -> dict:
+        return dict(vars(self))
