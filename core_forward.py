@@ -8,6 +8,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .core_cache import TokenRecord, cached_tokens, one_cache
+from .core_encoded import EncodedMedia
 from .core_items import place_items, tokens_by_place
 from .core_language import LanguageForwardMixin
 from .core_media import MediaStagesMixin
@@ -69,6 +70,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
         word_input_ids: Optional[torch.LongTensor] = None,
+        encoded_media: Optional[EncodedMedia] = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
         """
@@ -82,6 +84,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
                 reads it, and `clip_attention_mask` with 0 for its padding, as the processor returned them.
             word_input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): the content words of the question, -1
                 where a row has fewer, as the processor returned them.
+            encoded_media ([`EncodedMedia`], *optional*): what `encode_media` returned, instead of pixels.
             past_key_values: the cache, as it is called before transformers 5.24; `cache` is the same argument by its new name.
                 Both work with every version.
             pixel_values_images: `pixel_values`, as transformers 4.57 calls them in Video-LLaVA.
@@ -93,31 +96,35 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         Raises:
             OSError: the text tower cannot be reached.
             ValueError: the prompt has more or fewer placeholders than tokens that stay; pixels or features are not finite;
-                the model takes no such media; `clip_input_ids` are missing where the question is compared in CLIP's joint
-                space, or `word_input_ids` where its content words are looked up.
+                the model takes no such media; `encoded_media` are not what the encoder would make now; `clip_input_ids` are
+                missing where the question is compared in CLIP's joint space, or `word_input_ids` where its content words are
+                looked up.
         """
         # The signature names `logits_to_keep`, so that `generate` asks for the last token's logits alone, and leaves out
         # `mm_encoder_outputs`: with it, `generate` of 5.x would project all tokens before they can be pruned here.
         pruning, cache = self.pruning_of_call(keep_ratio), one_cache(past_key_values, cache)
+        self.refuse_projected(kwargs.get("mm_encoder_outputs"), pruning)
         prompt = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         stock = {CACHE_NAME: cache, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens.shape[1] > 1:  # single steps of decoding may go on
             check_context(self.config.text_config, cached_tokens(cache) + tokens.shape[1])
         pixels = {"image": pixel_values_images if pixel_values is None else pixel_values, "video": pixel_values_videos}
-        if pixels["image"] is None and pixels["video"] is None:
+        if pixels["image"] is None and pixels["video"] is None and encoded_media is None:
             self.refuse_empty_placeholders(prompt, cache, query_mask, kwargs)
             return self.output_class(**self.run_language_model(prompt, attention_mask, position_ids, stock))
 
-        self.check_media(pixels, image_sizes)
-        masks = self.placeholder_masks(**prompt)
-        check_masks(masks["image"].shape, cached_tokens(cache), attention_mask, query_mask)
-        items = place_items(self.layouts_of(pixels, image_sizes, pruning), masks, pruning)
         tower = {
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
-        if not pruning.prunes and pruning.video_pooling:
+        if encoded_media is not None:
+            self.check_encoded(encoded_media, pixels, image_sizes, pruning, **tower)
+        self.check_media(pixels, image_sizes)
+        masks = self.placeholder_masks(**prompt)
+        check_masks(masks["image"].shape, cached_tokens(cache), attention_mask, query_mask)
+        items = place_items(self.layouts_of(pixels, image_sizes, pruning, encoded_media), masks, pruning)
+        if not pruning.prunes and pruning.video_pooling and encoded_media is None:
             prompt |= self.stock_pixels(pixels, image_sizes) | tower
             return self.output_class(**self.run_language_model(prompt, attention_mask, position_ids, stock))
 
@@ -126,7 +133,10 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         question = self._question(
             pruning, embeds, is_question, input_ids, clip_input_ids, clip_attention_mask, word_input_ids
         )
-        self.encode_items(items, pixels, image_sizes, pruning, **tower)
+        if encoded_media is None:
+            self.encode_items(items, pixels, image_sizes, pruning, **tower)
+        else:
+            encoded_media.fill(items, embeds.device)
         self.prune_items(items, pruning, question)
         for kind, mask in masks.items():
             projected = self.project_items([item for item in items if item.kind == kind], pruning)
@@ -160,6 +170,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
         word_input_ids: Optional[torch.LongTensor] = None,
+        encoded_media: Optional[EncodedMedia] = None,
         return_signals: bool = False,
         **kwargs,
     ) -> list:
@@ -174,16 +185,21 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         """
         pruning = self.pruning_of_call(keep_ratio)
         pixels = {"image": pixel_values_images if pixel_values is None else pixel_values, "video": pixel_values_videos}
+        if encoded_media is not None:
+            self.check_encoded(encoded_media, pixels, image_sizes, pruning)
         self.check_media(pixels, image_sizes)
         masks = self.placeholder_masks(input_ids)
         check_masks(masks["image"].shape, 0, attention_mask)
-        items = place_items(self.layouts_of(pixels, image_sizes, pruning), masks, pruning)
+        items = place_items(self.layouts_of(pixels, image_sizes, pruning, encoded_media), masks, pruning)
         embeds = self.get_input_embeddings()(input_ids)
         is_question = question_mask(masks["image"] | masks["video"], attention_mask)
         question = self._question(
             pruning, embeds, is_question, input_ids, clip_input_ids, clip_attention_mask, word_input_ids
         )
-        self.encode_items(items, pixels, image_sizes, pruning)
+        if encoded_media is None:
+            self.encode_items(items, pixels, image_sizes, pruning)
+        else:
+            encoded_media.fill(items, embeds.device)
         self.prune_items(items, pruning, question, return_signals)
         return items
 

@@ -12,7 +12,7 @@ from .hub_versions import CACHE_NAME
 
 IMAGE_NAMES = ("pixel_values", "pixel_values_images")
 PIXEL_NAMES = (*IMAGE_NAMES, "pixel_values_videos")
-MEDIA_NAMES = (*PIXEL_NAMES, "image_sizes")
+MEDIA_NAMES = (*PIXEL_NAMES, "image_sizes", "encoded_media")
 QUESTION_NAMES = ("query_mask", "clip_input_ids", "clip_attention_mask", "word_input_ids")
 
 
@@ -68,7 +68,12 @@ class PrunedGenerationMixin:
         return super()._prefill_chunking(input_ids, generation_config, **model_kwargs)
 
     def _media_in_chunks(self, size: int, model_kwargs: dict) -> bool:
-        """Whether a prompt that is to be prefilled in chunks has media. Raises ValueError where they are pruned."""
+        """Whether a prompt that is to be prefilled in chunks has media. Raises ValueError where they are pruned or encoded."""
+        if model_kwargs.get("encoded_media") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={size} was given with encoded_media, of which a chunk would not know its part; pass "
+                "prefill_chunk_size=None."
+            )
         if all(model_kwargs.get(name) is None for name in PIXEL_NAMES):
             return False
         pruning = self.pruning_of_call(model_kwargs.get("keep_ratio"))
@@ -86,7 +91,8 @@ class PrunedGenerationMixin:
         images = next((media[name] for name in IMAGE_NAMES if media[name] is not None), None)
         pixels = {"image": images, "video": media["pixel_values_videos"]}
         pruning = self.pruning_of_call(kwargs.get("keep_ratio"))
-        layouts = self.layouts_of(pixels, media["image_sizes"], pruning)
+        encoded = media.pop("encoded_media")
+        layouts = self.layouts_of(pixels, media["image_sizes"], pruning, encoded)
         items = place_items(layouts, masks, pruning, cached_tokens(kwargs.get(CACHE_NAME)))
         order = expanded_order(items, len(masks["image"]), expand_size)
         if kwargs.get("query_mask") is None:
@@ -99,4 +105,6 @@ class PrunedGenerationMixin:
             indices = order["video" if name == "pixel_values_videos" else "image"]
             if values is not None and indices:
                 kwargs[name] = values[indices]
+        if encoded is not None and any(order.values()):
+            kwargs["encoded_media"] = encoded.take(order["image"], order["video"])
         return input_ids, kwargs

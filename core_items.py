@@ -17,7 +17,7 @@ class MediaItem:
     Attributes:
         layout: its grids of tokens.
         row: the sample that it belongs to; `None` where a reused cache holds it.
-        sets: the vision encoder's output by name, a `dict` for each entry of `layout.sets`: `"features"` (number of sets, L, C),
+        sets: the vision encoder's output by name, a `dict` for each of `layout.grids`: `"features"` (number of sets, L, C),
             the signals that the method requires, and where tokens were merged in the encoder `"source_indices"` (number of
             sets, L), the place of each in its set.
         kept: (k,) ascending indices of the tokens that stay, counted through all sets; `layout.split` tells the frames apart.

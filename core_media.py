@@ -7,10 +7,12 @@ import torch
 from .configuration_rediprune import PruningConfig
 from .core_attention import check_attention
 from .core_cache import cached_tokens
-from .core_items import check_pixels, place_items
+from .core_encoded import EncodedMedia, encoder_identity, freeze, signals_of
+from .core_items import MediaItem, check_pixels, place_items
 from .core_layout import FrameSize
 from .core_pruner import Pruner
 from .core_question import Question
+from .methods_registry import METHODS
 
 
 class MediaStagesMixin:
@@ -36,8 +38,10 @@ class MediaStagesMixin:
             getattr(config, "spatial_pool_stride", None),
         )
 
-    def layouts_of(self, pixels: dict, image_sizes, pruning) -> list:
-        """The `Layout` of every image, then of every video, from their pixels and sizes."""
+    def layouts_of(self, pixels: dict, image_sizes, pruning, encoded=None) -> list:
+        """The `Layout` of every image, then of every video, from their pixels and sizes, or those of [`EncodedMedia`]."""
+        if encoded is not None:
+            return encoded.layouts
         frame, layouts = self.frame_size, []
         if pixels["image"] is not None:
             sizes = [None] * len(pixels["image"]) if image_sizes is None else image_sizes.tolist()
@@ -73,6 +77,14 @@ class MediaStagesMixin:
         check_attention(self.config.text_config, pruning)
         return pruning
 
+    def refuse_projected(self, mm_encoder_outputs, pruning) -> None:
+        """Refuses what 5.x lets a call pass instead of pixels, where something is pruned."""
+        if mm_encoder_outputs and pruning.prunes:
+            raise ValueError(
+                "mm_encoder_outputs hold all tokens of their media, projected already, so that they cannot be pruned: pass pixels, "
+                "or as encoded_media= what model.encode_media(...) returns, or keep_ratio=1."
+            )
+
     def refuse_empty_placeholders(self, prompt, cache, query_mask, kwargs) -> None:
         """Refuses placeholders of a prompt without media. Those that the model itself has generated are tokens like others."""
         tokens = prompt["inputs_embeds"] if prompt["input_ids"] is None else prompt["input_ids"]
@@ -99,11 +111,92 @@ class MediaStagesMixin:
                 f"pixel_values hold {len(images)} images, but image_sizes {len(image_sizes)}; pass all that the processor returned."
             )
 
+    def encoder_modules(self) -> list:
+        """The modules whose weights decide what the encoder makes of media."""
+        towers = [self.tower_of(kind)[0] for kind in self.layout_class.kinds]
+        return list({id(tower): tower for tower in towers}.values())
+
+    # -- encode once, ask many -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_media(
+        self,
+        pixel_values: Optional[torch.FloatTensor] = None,
+        pixel_values_videos: Optional[torch.FloatTensor] = None,
+        image_sizes: Optional[torch.LongTensor] = None,
+        pixel_values_images: Optional[torch.FloatTensor] = None,
+        methods: Optional[list] = None,
+        device=None,
+        keep_ratio: Optional[float] = None,
+        vision_feature_layer=None,
+        vision_feature_select_strategy: Optional[str] = None,
+        **text_inputs,
+    ) -> EncodedMedia:
+        """
+        Runs the vision encoder, for `generate(..., encoded_media=...)` with any number of questions, keep ratios and methods.
+
+        Args:
+            pixel_values, pixel_values_videos, image_sizes, pixel_values_images: as in `forward`. All that the processor returned
+                may be passed; the text among it is left alone.
+            methods (`list[str]`, *optional*): which methods are going to be asked; the config's alone where not given. Some need
+                more of the encoder than its features.
+            device (*optional*): where the result is kept, such as `"cpu"`; where it was made if not given.
+            keep_ratio: of the call, which methods that merge inside the encoder depend on.
+            vision_feature_layer, vision_feature_select_strategy: instead of the config's.
+
+        Returns:
+            [`EncodedMedia`]: features before selection and projection, without gradients.
+
+        Raises:
+            ValueError: there are no pixels, or bad ones; a method is unknown, or merges inside the encoder and is not alone.
+        """
+        pruning = self.pruning_of_call(keep_ratio)
+        blocks = [pruning.with_changes(method=name) for name in (methods or [pruning.method])]
+        merging = [block.method for block in blocks if METHODS[block.method].merges_in_encoder]
+        if merging and {block.method for block in blocks} != {pruning.method}:
+            raise ValueError(
+                f"method={merging[0]!r} merges tokens inside the vision encoder, which no other method can use: set "
+                f"config.pruning.method to it (now {pruning.method!r}), and leave methods out."
+            )
+        for block in blocks:
+            self.config.check_method(block)
+        pixels = {"image": pixel_values_images if pixel_values is None else pixel_values, "video": pixel_values_videos}
+        if pixels["image"] is None and pixels["video"] is None:
+            raise ValueError("encode_media was given no pixels; pass what the processor returned for images or videos.")
+        self.check_media(pixels, image_sizes)
+        items = [MediaItem(layout) for layout in self.layouts_of(pixels, image_sizes, pruning)]
+        tower = {
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
+        signals = frozenset().union(*map(signals_of, blocks))
+        self.encode_items(items, pixels, image_sizes, pruning, signals, **tower)
+        return freeze(items, encoder_identity(self, pruning, signals, **tower), device)
+
+    def check_encoded(self, encoded: EncodedMedia, pixels: dict, image_sizes, pruning, **tower) -> None:
+        """Raises ValueError where encoded media are not what this model would make of the media of a call now."""
+        given = [f"pixels of {kind}s" for kind, values in pixels.items() if values is not None]
+        given += ["image_sizes"] if image_sizes is not None else []
+        if given:
+            raise ValueError(
+                f"encoded_media and {' and '.join(given)} were passed, which may be of other media; pass encoded_media with what "
+                "processor(text=..., encoded_media=...) returns."
+            )
+        if not isinstance(encoded, EncodedMedia):
+            raise ValueError(
+                f"encoded_media is a {type(encoded).__name__}; pass what model.encode_media(...) returned."
+            )
+        signals = signals_of(pruning) if pruning.prunes else frozenset()
+        encoded.check(encoder_identity(self, pruning, signals, **tower), signals)
+
     # -- the three stages --------------------------------------------------------------------------------------------------
 
-    def encode_items(self, items: list, pixels: dict, image_sizes, pruning, **tower) -> None:
-        """Fills in the sets of every `MediaItem`; see `LlavaEncoder.encode`."""
-        self.encoder_class(self, pruning, **tower).encode(items, pixels, image_sizes)
+    def encode_items(self, items: list, pixels: dict, image_sizes, pruning, signals=None, **tower) -> None:
+        """Fills in the sets of every `MediaItem`, with the signals that `pruning` requires or those that are named; see
+        `LlavaEncoder.encode`."""
+        if signals is None:
+            signals = signals_of(pruning) if pruning.prunes else frozenset()
+        self.encoder_class(self, pruning, signals, **tower).encode(items, pixels, image_sizes)
 
     def prune_items(self, items: list, pruning, question: Question, return_signals: bool = False) -> None:
         """Fills in which tokens of every `MediaItem` stay, for a question; see `Pruner`."""

@@ -18,7 +18,7 @@ from .hub_versions import TRANSFORMERS_4
 from .inputs_chat import contents_as_lists, plain_messages, plain_text, plain_tools
 from .inputs_download import MAX_BYTES, TIMEOUT, download
 from .inputs_media import is_empty
-from .inputs_reading import check_prompts, read_images, sample_videos
+from .inputs_reading import check_prompts, check_text, read_images, sample_videos
 from .inputs_text_tower import question_segments
 from .inputs_tokenizing import OneAtATime
 from .inputs_words import content_words
@@ -126,6 +126,7 @@ class PrunedProcessorMixin:
         videos=None,
         audio=None,
         keep_ratio=None,
+        encoded_media=None,
         download_timeout=None,
         download_max_bytes=None,
         **kwargs,
@@ -143,6 +144,8 @@ class PrunedProcessorMixin:
                 frames gives all of them.
             keep_ratio (`float`, *optional*): keep ratio of this call, instead of the one of `config.json`. It is returned
                 among the inputs, so that `model.generate(**inputs)` follows it.
+            encoded_media ([`EncodedMedia`], *optional*): what `model.encode_media` returned for the media of the prompts,
+                instead of the media: for `model.generate(**inputs, encoded_media=encoded_media)`.
             download_timeout (`float`, *optional*), download_max_bytes (`int`, *optional*): instead of the attributes.
                 The limits hold for each URL with all its redirects; one to another scheme than http or https is refused.
 
@@ -164,7 +167,10 @@ class PrunedProcessorMixin:
                 raise ValueError(f"{type(self).__name__} takes no {kind}s, but some were given; leave them out.")
         text = [text] if isinstance(text, str) else text
         # All that needs no medium is checked before one is read or downloaded.
-        self.validate_inputs(images, text, videos)
+        if encoded_media is None:
+            self.validate_inputs(images, text, videos)
+        elif not (is_empty(images) and is_empty(videos)):
+            raise ValueError("encoded_media and images or videos were given; pass one of them.")
         # A copy with its own pruning block, so that calls with different ratios cannot meet in shared state.
         caller = copy.copy(self)
         caller.pruning = self.pruning.with_keep_ratio(keep_ratio)
@@ -179,10 +185,13 @@ class PrunedProcessorMixin:
             videos = None
         else:
             videos, kwargs = sample_videos(videos, self.video_processor, kwargs, fetch)
-        outputs = caller._process(images, text, videos, kwargs)
+        if encoded_media is None:
+            outputs = caller._process(images, text, videos, kwargs)
+        else:
+            outputs = caller._process_encoded(text, encoded_media, kwargs)
         if keep_ratio is not None:
             outputs["keep_ratio"] = caller.pruning.keep_ratio
-        if text is not None and not (images is None and videos is None):
+        if text is not None and not (images is None and videos is None and encoded_media is None):
             outputs.update(caller.question_inputs(text))
         return outputs
 
@@ -292,6 +301,34 @@ class PrunedProcessorMixin:
         if text is not None:
             media = {"image": images, "video": videos}
             check_prompts(text, {kind: (token, media[kind]) for kind, token in self.placeholders.items()})
+
+    def _process_encoded(self, text, encoded_media, kwargs) -> BatchFeature:
+        """The text inputs of prompts about encoded media."""
+        check_text(text)
+        layouts = {
+            token: [layout for layout in encoded_media.layouts if layout.kind == kind]
+            for kind, token in self.placeholders.items()
+        }
+        for token, of_kind in layouts.items():
+            found = [sample.count(token) for sample in text]
+            if sum(found) != len(of_kind):
+                raise ValueError(
+                    f"the text has {sum(found)} {token} placeholders (by prompt: {found}), but encoded_media hold {len(of_kind)}; "
+                    "encode exactly the media of these prompts, or choose them with encoded_media.take(images=[...], videos=[...])."
+                )
+        waiting = {token: iter(of_kind) for token, of_kind in layouts.items()}
+
+        def placeholders(match):
+            token = match.group()
+            return token * next(waiting[token]).num_placeholders(self.pruning)
+
+        either_token = "|".join(map(re.escape, layouts))
+        text = [re.sub(either_token, placeholders, sample) for sample in text]
+        merged = self._merge_kwargs(PrunedProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        text_inputs = self.tokenizer(text, **merged["text_kwargs"])
+        self._check_special_mm_tokens(text, text_inputs, modalities=list(self.placeholders))
+        return BatchFeature(text_inputs, tensor_type=return_tensors)
 
     def _process(self, images, text, videos, kwargs) -> BatchFeature:
         if not TRANSFORMERS_4:

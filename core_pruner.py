@@ -7,6 +7,7 @@ from typing import Callable
 
 import torch
 
+from .core_encoded import ENCODER_SIGNALS, signals_of
 from .core_question import Question, seeds_of_sets
 from .methods_base import VisualTokens
 from .methods_registry import METHODS
@@ -53,13 +54,14 @@ class Pruner:
         if "seeds" in self.method.required_signals:
             seeds = seeds_of_sets(question, items, self.pruning)
         by_size, results = defaultdict(list), {}
+        sets = {id(item): arranged_sets(item, self.pruning) for item in items}
         for item in items:
             for index, (_, size) in enumerate(item.layout.sets(self.pruning)):
-                num_tokens = item.sets[index]["features"].shape[1]
+                num_tokens = sets[id(item)][index]["features"].shape[1]
                 by_size[num_tokens, self.pruning.count(size)].append((item, index))
         for (_, num_kept), group in by_size.items():
-            signals = concatenate([item.sets[index] for item, index in group])
-            numbers = [len(item.sets[index]["features"]) for item, index in group]
+            signals = concatenate([sets[id(item)][index] for item, index in group])
+            numbers = [len(sets[id(item)][index]["features"]) for item, index in group]
             rows = [item.row for (item, _), number in zip(group, numbers) for _ in range(number)]
             if seeds is not None:
                 signals["seeds"] = [seed for item, index in group for seed in seeds[id(item)][index]]
@@ -161,6 +163,22 @@ class Pruner:
     def _attention_affinity(self, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         layer = self.language_model.layers[self.pruning.relevance_layer]
         return self.largest_of_heads(attention_affinity(layer, words, tokens))
+
+
+def arranged_sets(item, pruning) -> list:
+    """The sets of an item as a pruning block shares its budget, a `dict` for each entry of `layout.sets`: the features, and of the
+    signals those that it requires."""
+    signals = signals_of(pruning)
+    unused = ENCODER_SIGNALS - signals
+    sets = [{name: values for name, values in of_grid.items() if name not in unused} for of_grid in item.sets]
+    if "times" in signals and "source_indices" not in sets[0]:
+        for grid, of_grid in zip(item.layout.grids, sets):
+            starts = torch.arange(grid.frames, device=of_grid["features"].device) / grid.frames
+            of_grid["times"] = starts[:, None, None].expand(-1, grid.tokens_per_set, 1)
+    if item.layout.shares_budget(pruning):
+        as_one_set = [{name: values.flatten(0, 1)[None] for name, values in of_grid.items()} for of_grid in sets]
+        return [concatenate(as_one_set, dim=1)]
+    return sets
 
 
 def _without_width(name: str, values):

@@ -32,10 +32,7 @@ def check_prompts(text, media: dict) -> None:
     Raises:
         ValueError: as said, or a text cannot be encoded.
     """
-    if not (isinstance(text, (list, tuple)) and all(isinstance(sample, str) for sample in text)):
-        raise ValueError(f"text must be a string or a list of strings, but is {text!r}")
-    for row, sample in enumerate(text):
-        _check_encodes(sample, row)
+    check_text(text)
     flat_media = {"image": flat_images, "video": flat_videos}
     for name, (token, given) in media.items():
         items, rows = ([], None) if is_empty(given) else flat_media[name](given)
@@ -50,6 +47,14 @@ def check_prompts(text, media: dict) -> None:
                 f"the prompts have {found} {token} placeholders, but the lists hold {rows} {name}s; pass one list "
                 f"for each prompt with the {name}s of that prompt, or one flat list of all."
             )
+
+
+def check_text(text) -> None:
+    """Raises ValueError for prompts that are no list of strings, or cannot be encoded."""
+    if not (isinstance(text, (list, tuple)) and all(isinstance(sample, str) for sample in text)):
+        raise ValueError(f"text must be a string or a list of strings, but is {text!r}")
+    for row, sample in enumerate(text):
+        _check_encodes(sample, row)
 
 
 def _check_encodes(text: str, row: int) -> None:

@@ -118,7 +118,11 @@ class PruningConfig:
 
     def with_keep_ratio(self, keep_ratio: Optional[float]) -> "PruningConfig":
         """This block with another keep ratio; itself when `keep_ratio` is `None`."""
-        return self if keep_ratio is None else type(self)(**{**vars(self), "keep_ratio": keep_ratio})
+        return self if keep_ratio is None else self.with_changes(keep_ratio=keep_ratio)
+
+    def with_changes(self, **values) -> "PruningConfig":
+        """A block of its own with other values of some keys."""
+        return type(self)(**{**vars(self), **values})
 
     @property
     def prunes(self) -> bool:
@@ -133,10 +137,15 @@ class PruningConfig:
         return getattr(method, key) if value is None else value
 
     @property
+    def compares_in_clip(self) -> bool:
+        """Whether tokens and question are compared in CLIP's joint space, where anything is pruned."""
+        reads = "relevance" in METHODS[self.method].required_signals and self.query_weighting != "none"
+        return reads and self.resolved("relevance") == "clip"
+
+    @property
     def reads_clip(self) -> bool:
         """Whether the question is read by a CLIP text tower, so that the processor has to give its token ids."""
-        reads = "relevance" in METHODS[self.method].required_signals and self.query_weighting != "none"
-        return self.prunes and reads and self.resolved("relevance") == "clip"
+        return self.prunes and self.compares_in_clip
 
     @property
     def reads_words(self) -> bool:

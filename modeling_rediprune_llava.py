@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     # names itself, so each of the three that `auto_map` names lists all that it rests on.
     from .core_attention import biased_mask  # noqa: F401
     from .core_cache import TokenRecord  # noqa: F401
+    from .core_encoded import EncodedMedia  # noqa: F401
     from .core_items import MediaItem  # noqa: F401
     from .core_language import LanguageForwardMixin  # noqa: F401
     from .core_media import MediaStagesMixin  # noqa: F401

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from .core_layout import crop_of_tiles, split_budget
 from .core_positions import pooled_places
-from .core_pruner import concatenate
 from .methods_registry import METHODS
 from .ops_tokens import in_raster_order
 from .vision_clip import encode_and_merge
@@ -24,11 +23,14 @@ class LlavaEncoder:
     Args:
         model: the model, with `patch_features`, `tower_of`, `joint_space`, `frame_size` and `config`.
         pruning: the `PruningConfig` of the call.
+        signals: names of what to add to the features, where the encoder can tell it.
         vision_feature_layer, vision_feature_select_strategy: instead of the config's.
     """
 
-    def __init__(self, model, pruning, vision_feature_layer=None, vision_feature_select_strategy=None):
-        self.model, self.pruning, self.frame = model, pruning, model.frame_size
+    def __init__(
+        self, model, pruning, signals=frozenset(), vision_feature_layer=None, vision_feature_select_strategy=None
+    ):
+        self.model, self.pruning, self.signals, self.frame = model, pruning, signals, model.frame_size
         self.method = METHODS[pruning.method]
         self.layer, self.strategy = vision_feature_layer, vision_feature_select_strategy
 
@@ -50,16 +52,6 @@ class LlavaEncoder:
             (self.merge_images if merges else self.encode_images)(images, pixels["image"], image_sizes)
         if videos:
             (self.merge_videos if merges else self.encode_videos)(videos, pixels["video"])
-        if merges:
-            return
-        if "times" in self._signals():
-            for item in items:
-                for grid, signals in zip(item.layout.grids, item.sets):
-                    starts = torch.arange(grid.frames, device=signals["features"].device) / grid.frames
-                    signals["times"] = starts[:, None, None].expand(-1, grid.tokens_per_set, 1)
-        for item in items:
-            if item.layout.shares_budget(self.pruning):
-                item.sets = [concatenate([_map(signals, _as_one_set) for signals in item.sets], dim=1)]
 
     def encode_images(self, images: list, pixels: torch.Tensor, image_sizes) -> None:
         """`pixels`: (images, 3, height, width)."""
@@ -78,14 +70,11 @@ class LlavaEncoder:
     def patch_signals(self, pixels: torch.Tensor, kind: str) -> dict:
         """Features and signals of the patches of N pictures (N, 3, height, width), each (N, P, ...)."""
         options = {"vision_feature_layer": self.layer, "vision_feature_select_strategy": self.strategy}
-        signals = self.model.patch_features(pixels, self._signals(), kind=kind, **options)
-        if self.pruning.reads_clip:
+        signals = self.model.patch_features(pixels, self.signals, kind=kind, **options)
+        if "joint" in self.signals:
             width = self.model.config.vision_config.hidden_size  # of several tapped layers the last
             signals["joint"] = self.model.joint_space().place_tokens(signals["features"][..., -width:])
         return signals
-
-    def _signals(self) -> frozenset:
-        return self.method.required_signals if self.pruning.prunes else frozenset()
 
     def _count_in_encoder(self, num_patches: int, num_tokens: int) -> int:
         """How many of a set's patches leave the tower, where `num_tokens` would be there if nothing were pruned."""
@@ -219,7 +208,3 @@ def _places_of_patches(crop, side: int) -> torch.LongTensor:
 
 def _map(signals: dict, function) -> dict:
     return {name: function(values) for name, values in signals.items()}
-
-
-def _as_one_set(values: torch.Tensor) -> torch.Tensor:
-    return values.flatten(0, 1)[None]
