@@ -5,15 +5,17 @@ Examples:
     python scripts/ask.py --video clip.mp4 --question "what happens?" --model me/LLaVA-NeXT-Video-7B-ReDiPrune --compare
     python scripts/ask.py --image a.png b.png --question "what is the same in both?" --keep-ratio 0.25
     python scripts/ask.py --frames folder/ --question "how many circles are there?" --overlay kept.png --json
+    python scripts/ask.py --video clip.mp4 --chat
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import torch
-from media import add_media_arguments, process, read_media
+from media import add_media_arguments, chat_parts, process, read_media
 from repository import StageTimer, add_model_arguments, at_least_one, environment, fail, load, output_picture
 
 STAGES = ("reading the media", "vision encoder", "selection", "projector", "prefill", "decode")
@@ -22,7 +24,12 @@ STAGES = ("reading the media", "vision encoder", "selection", "projector", "pref
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_media_arguments(parser)
-    parser.add_argument("--question", required=True)
+    parser.add_argument("--question")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="go on with questions from the standard input, one a line; the vision encoder runs once",
+    )
     parser.add_argument(
         "--keep-ratio", type=float, help="share of the visual tokens that stay (default: as config.json says)"
     )
@@ -39,6 +46,10 @@ def parse_arguments():
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_model_arguments(parser)
     args = parser.parse_args()
+    if args.question is None and not args.chat:
+        fail("--question is missing; --chat alone reads questions from the standard input")
+    if args.chat and (args.compare or args.overlay):
+        fail("--chat does not go with --compare or --overlay, which are of one answer; leave them out")
     if args.overlay:
         args.overlay = output_picture(args.overlay, "--overlay")
     return args
@@ -56,19 +67,26 @@ def answer(args, model, processor, keep_ratio) -> dict:
     """One answer with what it took."""
     inputs, reading = prepare(args, processor, keep_ratio)
     inputs = inputs.to(model.device, model.dtype)
-    timer = StageTimer(model)
-    with timer:
-        output = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+    with StageTimer(model) as timer:
+        result = generate(args, model, processor, inputs)
+    return {**result, **times({"reading the media": reading, **timer.seconds}), "inputs": inputs}
+
+
+def generate(args, model, processor, inputs, **media) -> dict:
+    output = model.generate(**inputs, **media, max_new_tokens=args.max_new_tokens, do_sample=False)
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
-    seconds = {"reading the media": reading, **timer.seconds}
     return {
         "answer": processor.decode(new_tokens, skip_special_tokens=True).strip(),
         "visual_tokens": visual_tokens(processor, inputs),
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": len(new_tokens),
+    }
+
+
+def times(seconds: dict) -> dict:
+    return {
         "seconds": {stage: round(seconds.get(stage, 0.0), 5) for stage in STAGES},
         "total_seconds": round(sum(seconds.values()), 5),
-        "inputs": inputs,
     }
 
 
@@ -87,6 +105,49 @@ def answers(args, model, processor) -> dict:
         result["total_seconds"] = statistics.median(once[name]["total_seconds"] for once in timed)
         result["runs"] = len(timed)
     return results
+
+
+@torch.inference_mode()
+def chat(args, model, processor) -> None:
+    """A conversation about the media, whose every question selects tokens anew of what was encoded once."""
+    start = time.perf_counter()
+    media = read_media(args)
+    inputs = process(args, processor, media, "").to(model.device, model.dtype)
+    seconds = {"reading the media": time.perf_counter() - start}
+    with StageTimer(model) as timer:
+        encoded = model.encode_media(**inputs)
+    seconds |= timer.seconds
+    messages, parts = [], chat_parts(media)
+    for question in questions(args):
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        text_inputs = processor(text=prompt, encoded_media=encoded, return_tensors="pt").to(model.device)
+        with StageTimer(model) as timer:
+            result = generate(args, model, processor, text_inputs, encoded_media=encoded)
+        result |= times({**seconds, **timer.seconds})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": result["answer"]}]})
+        if args.json:
+            print(json.dumps({"question": question, **result}), flush=True)
+        else:
+            print(
+                f"{result['answer']}  [{result['visual_tokens']} visual tokens, {1000 * result['total_seconds']:.0f} ms]",
+                flush=True,
+            )
+        parts, seconds = [], {}  # the media stand before the first question
+
+
+def questions(args):
+    """`--question`, then the lines of the standard input that are not blank."""
+    if args.question is not None:
+        yield args.question
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def print_report(args, results: dict) -> None:
@@ -113,6 +174,8 @@ def main():
     }
     try:
         model, processor = load(args, pruning)
+        if args.chat:
+            return chat(args, model, processor)
         results = answers(args, model, processor)
         inputs = [result.pop("inputs") for result in results.values()][0]
         unpruned_tokens = count_unpruned(args, processor)

@@ -39,10 +39,15 @@ def open_image(place):
         fail(f"{place} cannot be read as an image: {error}")
 
 
+def chat_parts(media: dict) -> list:
+    """The parts of a chat that stand for the media."""
+    kind = "video" if "videos" in media else "image"
+    return [{"type": kind}] * len(media[f"{kind}s"])
+
+
 def chat_prompt(processor, media: dict, question: str) -> str:
     """The media and then the question as a chat, with one placeholder for each medium."""
-    kind = "video" if "videos" in media else "image"
-    content = [{"type": kind}] * len(media[f"{kind}s"]) + [{"type": "text", "text": question}]
+    content = [*chat_parts(media), {"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 

@@ -1,6 +1,7 @@
 """The command-line tools and the tiny checkpoint, through the same calls that a user makes."""
 
 import importlib.util
+import io
 import json
 import re
 import sys
@@ -95,6 +96,36 @@ def test_ask_answers_with_every_method(monkeypatch, capsys, method, medium):
     assert report["pruning"]["method"] == method and report["pruned"]["answer"]
     share = {"none": 1, "prumerge_plus": 1}.get(method, 0.3)  # "plus" adds a grid that is everything from 1/6 on
     assert report["pruned"]["visual_tokens"] == pytest.approx(share * report["visual_tokens_unpruned"], rel=0.1)
+
+
+def test_ask_chats_about_media_that_it_encodes_once(monkeypatch, capsys):
+    """What answers the first question is what answers it without a chat; later ones have no time in the vision encoder."""
+    first, second, third = (question["question"] for question in QUESTIONS["video-1.mp4"][:3])
+    options = ["--video", SAMPLES / "video-1.mp4", "--question", first]
+    alone = ask(monkeypatch, capsys, *options)["pruned"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{second}\n\n{third}"))
+    run(monkeypatch, "ask", *options, "--chat", "--json")
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["question"] for answer in answers] == [first, second, third]
+    assert answers[0]["answer"] == alone["answer"]
+    assert [answer["seconds"]["vision encoder"] > 0 for answer in answers] == [True, False, False]
+    assert (
+        answers[0]["prompt_tokens"]
+        == alone["prompt_tokens"]
+        < answers[1]["prompt_tokens"]
+        < answers[2]["prompt_tokens"]
+    )
+    assert {answer["visual_tokens"] for answer in answers} == {alone["visual_tokens"]}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [([], "--question is missing"), (["--chat", "--compare"], "--chat does not go with --compare")],
+    ids=["nothing to ask", "compared"],
+)
+def test_ask_refuses_what_cannot_be_answered(monkeypatch, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "ask", *VIDEO, *arguments)
 
 
 def test_ask_takes_images_and_folders_of_frames(monkeypatch, capsys, tmp_path):
