@@ -21,7 +21,7 @@ class MediaItem:
             the signals that the method requires, and where tokens were merged in the encoder `"source_indices"` (number of
             sets, L), the place of each in its set.
         kept: (k,) ascending indices of the tokens that stay, counted through all sets; `layout.split` tells the frames apart.
-        tokens: (k, C) features of the tokens that stay.
+        tokens: (k, C) features of the tokens that stay; projected ones (k, H) of methods that work behind the projector.
         token_sizes: (k,) fp32, how many tokens each of them stands for; `None` without proportional attention.
         signals: the signals that the method was shown, a `VisualTokens` for each entry of `layout.sets`, where that was asked for; `None` for
             a set that keeps all of its tokens.

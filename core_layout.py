@@ -55,17 +55,24 @@ class Layout:
         scope = pruning.resolved("scope") if pruning.prunes else "frame"
         return scope == "item" or scope == "video" and self.kind == "video"
 
+    def set_grids(self, pruning) -> list:
+        """The sets that are pruned, each to its own count: (number of sets, `TokenGrid` of each) of every grid, or one for all."""
+        if not self.shares_budget(pruning):
+            return [(grid.frames, grid._replace(frames=1)) for grid in self.grids]
+        one = len(self.grids) == 1
+        return [
+            (1, self.grids[0] if one else TokenGrid(1, 1, self.num_tokens))
+        ]  # grids of several sizes are a row of tokens
+
     def sets(self, pruning) -> list:
-        """The sets that are pruned, each to its own count: (number of sets, tokens in each) of every grid, or one for all."""
-        if self.shares_budget(pruning):
-            return [(1, self.num_tokens)]
-        return [(grid.frames, grid.tokens_per_set) for grid in self.grids]
+        """The same, each as (number of sets, tokens in each)."""
+        return [(number, grid.num_tokens) for number, grid in self.set_grids(pruning)]
 
     def num_placeholders(self, pruning) -> int:
         """Placeholders in the prompt under `pruning`."""
         if not pruning.prunes:
             return self.num_unpruned
-        return sum(number * pruning.count(size) for number, size in self.sets(pruning))
+        return sum(number * pruning.count_in_grid(grid) for number, grid in self.set_grids(pruning))
 
     def split(self, kept: torch.LongTensor) -> list:
         """Flat ascending indices (k,) as one LongTensor for each frame or view, with the indices within it."""

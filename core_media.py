@@ -209,7 +209,10 @@ class MediaStagesMixin:
         """The kept tokens of items of one kind, projected, in the order of their placeholders: (tokens, H)."""
         if not items:
             return None
-        tokens = self.model.multi_modal_projector(torch.cat([item.tokens for item in items]))
+        tokens = torch.cat([item.tokens for item in items])
+        if pruning.after_projector:
+            return tokens
+        tokens = self.model.multi_modal_projector(tokens)
         if pruning.prunes or not items[0].layout.row_newlines:
             return tokens
         parts = []

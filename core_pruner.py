@@ -56,16 +56,16 @@ class Pruner:
         by_size, results = defaultdict(list), {}
         sets = {id(item): arranged_sets(item, self.pruning) for item in items}
         for item in items:
-            for index, (_, size) in enumerate(item.layout.sets(self.pruning)):
+            for index, (_, grid) in enumerate(item.layout.set_grids(self.pruning)):
                 num_tokens = sets[id(item)][index]["features"].shape[1]
-                by_size[num_tokens, self.pruning.count(size)].append((item, index))
-        for (_, num_kept), group in by_size.items():
+                by_size[num_tokens, self.pruning.count_in_grid(grid), grid].append((item, index))
+        for (_, num_kept, grid), group in by_size.items():
             signals = concatenate([sets[id(item)][index] for item, index in group])
             numbers = [len(sets[id(item)][index]["features"]) for item, index in group]
             rows = [item.row for (item, _), number in zip(group, numbers) for _ in range(number)]
             if seeds is not None:
                 signals["seeds"] = [seed for item, index in group for seed in seeds[id(item)][index]]
-            *found, seen = self._prune_sets(signals, num_kept, words, rows, question.clip)
+            *found, seen = self._prune_sets(signals, num_kept, grid, words, rows, question.clip)
             parts = zip(*(values.split(numbers) for values in found))
             seen = itertools.repeat(None) if seen is None or not keep_signals else seen.split(numbers)
             for (item, index), result, part in zip(group, parts, seen):
@@ -89,15 +89,18 @@ class Pruner:
             return [read_question(self.language_model, row, self.pruning.relevance_layer) for row in words]
         return words
 
-    def _prune_sets(self, signals: dict, num_kept: int, words, rows, clip) -> tuple:
+    def _prune_sets(self, signals: dict, num_kept: int, grid, words, rows, clip) -> tuple:
         """
-        Prunes N sets of L tokens.
+        Prunes N sets of L tokens, each a `grid` of them.
 
         Returns:
-            features (N, num_kept, C), indices in the sets (N, num_kept), fp32 numbers of tokens that each stands for
-            (N, num_kept), and the `VisualTokens`, or `None` where all tokens stay.
+            features (N, num_kept, C), or projected tokens (N, num_kept, H) of a method that works behind the projector;
+            indices in the sets (N, num_kept), fp32 numbers of tokens that each stands for (N, num_kept), and the
+            `VisualTokens`, or `None` where all tokens stay.
         """
         source_indices = signals.pop("source_indices", None)
+        if self.pruning.after_projector:
+            signals["features"] = self.project(signals["features"])
         features, tokens = signals["features"], None
         num_sets, num_tokens = features.shape[:2]
         kept = torch.arange(num_tokens, device=features.device).expand(num_sets, -1)
@@ -105,6 +108,7 @@ class Pruner:
         if num_kept < num_tokens:
             weighs, merge_weight = (self.pruning.resolved(key) for key in ("proportional_attention", "merge_weight"))
             tokens = self._visual_tokens(signals, words, rows, clip)
+            tokens.grid = grid
             features, kept = self.method.reduce(tokens, num_kept, self.pruning)
             if weighs or merge_weight:
                 nearest = nearest_kept(tokens.compared, kept, tokens.times, self.pruning.resolved("time_weight"))
@@ -135,7 +139,7 @@ class Pruner:
         compares_projected = ("compared" in required or groups) and distance == "projected"
         reads_projected = reads and (relevance in ("projected", "attention") or "text_affinity" in reads)
         if "projected" in required or compares_projected or reads_projected:
-            tokens.projected = self.project(tokens.features)
+            tokens.projected = tokens.features if pruning.after_projector else self.project(tokens.features)
         tokens.compared = tokens.projected if distance == "projected" else tokens.features
         if clip is not None and tokens.joint is None:  # merged inside the vision encoder
             tokens.joint = self.place_tokens(tokens.features)

@@ -31,6 +31,7 @@ class VisualTokens:
         last_cls_attention: (N, L) fp32, attention of CLS in the last layer, its heads taken as one.
         last_keys: (N, L, C) keys of the last layer.
         seeds: N integers, one for each set, that depend on the sample alone and not on what else is in the batch.
+        grid: the (frames, height, width, leading) of every set, a `TokenGrid`; `None` = one frame of L tokens.
     """
 
     features: torch.Tensor
@@ -45,14 +46,17 @@ class VisualTokens:
     last_cls_attention: Optional[torch.Tensor] = None
     last_keys: Optional[torch.Tensor] = None
     seeds: Optional[list] = None
+    grid: Optional[tuple] = None
 
     def split(self, numbers: list) -> list:
         """One `VisualTokens` for each number of consecutive sets; `numbers` add up to N."""
         parts, start = [], 0
         for number in numbers:
             sets = slice(start, start := start + number)
-            of_part = {name: values[sets] for name, values in vars(self).items() if values is not None}
-            parts.append(VisualTokens(**of_part))
+            of_part = {
+                name: values[sets] for name, values in vars(self).items() if values is not None and name != "grid"
+            }
+            parts.append(VisualTokens(**of_part, grid=self.grid))
         return parts
 
 
@@ -65,6 +69,8 @@ class Method:
         parameters: the keys of the pruning block that are this method's own, each with its `Setting` and, below it, its line in
             the docstring of the class.
         relevance_with_tower: `relevance` where the configuration names a `text_tower`; `None` = the same.
+        after_projector: whether the method works behind the projector: then `features` are the projected tokens, and what it
+            returns goes on as it is.
 
     The others are keys of the pruning block, with the values that they have for this method where the configuration leaves
     them open (`None`): those of its paper.
@@ -72,6 +78,7 @@ class Method:
 
     required_signals = frozenset()
     parameters = {}
+    after_projector = False
 
     relevance = "pooled"
     relevance_with_tower = None
@@ -94,6 +101,10 @@ class Method:
     def count(self, num_tokens: int, pruning) -> int:
         """Tokens that stay of a set of `num_tokens`, for the processor and the model alike."""
         return count_kept(num_tokens, pruning.keep_ratio)
+
+    def count_in_grid(self, grid, pruning) -> int:
+        """The same for a set that is a `TokenGrid`, for methods whose count follows from its height and width."""
+        return self.count(grid.num_tokens, pruning)
 
     def count_in_encoder(self, num_patches: int, num_kept: int, pruning) -> int:
         """Of the `num_patches` patches of a set whose count is `num_kept`, how many leave the vision encoder."""

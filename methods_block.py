@@ -155,9 +155,19 @@ class PruningConfig:
             self.prunes and reads and self.resolved("relevance") != "attention" and self.resolved("words") == "content"
         )
 
+    @property
+    def after_projector(self) -> bool:
+        """Whether projected tokens are pruned, so that those that stay need no projector any more."""
+        return self.prunes and METHODS[self.method].after_projector
+
     def count(self, num_tokens: int) -> int:
         """How many of the `num_tokens` tokens of one set (a frame, an image view, or all tokens of an item) stay."""
         return METHODS[self.method].count(num_tokens, self) if self.prunes and num_tokens else num_tokens
+
+    def count_in_grid(self, grid) -> int:
+        """The same for the tokens of a set that is a `TokenGrid`."""
+        tokens = grid.num_tokens
+        return METHODS[self.method].count_in_grid(grid, self) if self.prunes and tokens else tokens
 
     def to_dict(self) -> dict:
         return dict(vars(self))

@@ -1,7 +1,7 @@
 """The registry of pruning methods: every value of `pruning.method` in config.json."""
 
 from .methods_attention import PruMerge, PruMergePlus, VisionZip
-from .methods_baselines import NoPruning, Random, Uniform
+from .methods_baselines import Downsample, NoPruning, Random, Uniform
 from .methods_coverage import MMTok, Scope
 from .methods_distance import DivPrune, ReDiPrune, ReDiPrunePlus
 from .methods_encoder import EvoPrune, EvoPruneReDiPrune
@@ -22,5 +22,6 @@ METHODS = {
     "trim": Trim(),
     "random": Random(),
     "uniform": Uniform(),
+    "downsample": Downsample(),
     "none": NoPruning(),
 }

@@ -6,6 +6,7 @@ features and the tokens made of them come from `select_tokens`, which the caller
 
 import numpy as np
 import torch
+from repository import code_module
 from transformers.models.llava_next_video.modeling_llava_next_video import (
     get_anyres_image_grid_shape,
     unpad_image,
@@ -19,7 +20,8 @@ class Layout:
     The visual tokens of one medium before pruning.
 
     Attributes:
-        sets: how many tokens each frame, or the base view and the tiles of an image, has.
+        sizes: (height, width) of each frame, or of the base view and the tiles of an image.
+        sets: how many tokens each of them has.
         places: (n,) for each token, through all sets, its place in the unpruned medium.
         length: places of the unpruned medium; the rows of an image's tiles end with one that is no token.
     """
@@ -28,13 +30,15 @@ class Layout:
         side = config.vision_config.image_size // config.vision_config.patch_size
         if kind == "video":
             side = side // config.spatial_pool_stride if pooling else side
-            self.sets = [side**2] * min(frames, MOST_FRAMES)
+            self.sizes = [(side, side)] * min(frames, MOST_FRAMES)
+            self.sets = [side**2] * len(self.sizes)
             self.length = sum(self.sets)
             self.places = np.arange(self.length)
             return
         rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
         _, height, width = unpad_image(torch.zeros(1, rows * side, columns * side), size).shape
         base = side**2
+        self.sizes = [(side, side), (height, width)]
         self.sets, self.length = [base, height * width], base + height * (width + 1)
         tiles = np.arange(height * width)
         self.places = np.concatenate([np.arange(base), base + tiles + tiles // width])
@@ -47,6 +51,9 @@ class Layout:
         """How many tokens of each set stay, or of all together."""
         if pruning.resolved("scope") == "item" or pruning.resolved("scope") == "video" and kind == "video":
             return [count(self.num_tokens, pruning)]
+        if pruning.method == "downsample":
+            grid = code_module("core_layout").TokenGrid
+            return [pruning.count_in_grid(grid(1, *size)) for size in self.sizes]
         return [count(size, pruning) for size in self.sets]
 
 
@@ -85,7 +92,7 @@ class Row:
     def add_medium(self, medium, layout: Layout, pruning) -> "Row":
         """Adds what is kept of a medium (a `MediaItem` of the model)."""
         features = medium.tokens
-        embeds = self.model.model.multi_modal_projector(features)
+        embeds = features if pruning.after_projector else self.model.model.multi_modal_projector(features)
         if medium.kind == "image" and not pruning.prunes:
             embeds = self._with_newlines(embeds, medium)
         number = len(embeds)

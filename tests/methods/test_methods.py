@@ -53,6 +53,7 @@ OWN = {
     "trim": {"relevance": "projected", "relevance_with_tower": "clip"},
     "random": {},
     "uniform": {},
+    "downsample": {},
     "none": {},
 }
 REQUIRED_SIGNALS = {
@@ -70,6 +71,7 @@ REQUIRED_SIGNALS = {
     "trim": {"relevance"},
     "random": {"seeds"},
     "uniform": set(),
+    "downsample": set(),
     "none": set(),
 }
 CONSTANTS = {
@@ -417,7 +419,8 @@ def make_tokens(kind="gaussian", num_sets=3, num_tokens=36, seed=0):
 
 def take(tokens, sets):
     """Some of the sets, e.g. `slice(1, 2)`."""
-    return VisualTokens(**{name: None if value is None else value[sets] for name, value in vars(tokens).items()})
+    fields = {name: value for name, value in vars(tokens).items() if value is not None and name != "grid"}
+    return VisualTokens(**{name: value[sets] for name, value in fields.items()}, grid=tokens.grid)
 
 
 def change(tokens, function, names=None):
@@ -426,7 +429,14 @@ def change(tokens, function, names=None):
     return VisualTokens(**{**vars(tokens), **changed})
 
 
+# Of sets of so many tokens (frames, height, width, leading): one frame for what is asked of each frame, a video for all else.
+FRAMES = {36: (1, 6, 6, 0), 35: (1, 5, 7, 0), 2: (1, 1, 2, 0)}
+VIDEOS = {36: (4, 3, 3, 0), 35: (5, 1, 7, 0), 2: (2, 1, 1, 0)}
+
+
 def reduce(name, tokens, num_kept, **pruning):
+    grids = FRAMES if METHODS[name].scope == "frame" else VIDEOS
+    tokens = VisualTokens(**{**vars(tokens), "grid": grids.get(tokens.features.shape[1])})
     return METHODS[name].reduce(tokens, num_kept, PruningConfig(method=name, **pruning))
 
 
@@ -436,6 +446,7 @@ class TestEveryMethod:
     @pytest.mark.parametrize("num_tokens, num_kept", [(36, 1), (36, 2), (36, 9), (35, 34), (2, 1)])
     def test_count_order_and_range(self, name, kind, num_tokens, num_kept):
         tokens = make_tokens(kind, num_tokens=num_tokens)
+        num_kept = 30 if name == "downsample" and num_kept == 34 else num_kept  # of 5 x 7 the grid of 5 x 6
         features, kept = reduce(name, tokens, num_kept)
         assert features.shape == (3, num_kept, 12) and features.isfinite().all()
         assert kept.shape == (3, num_kept) and kept.dtype == torch.long

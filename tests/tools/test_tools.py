@@ -95,7 +95,8 @@ def test_ask_answers_with_every_method(monkeypatch, capsys, method, medium):
     )
     assert report["pruning"]["method"] == method and report["pruned"]["answer"]
     share = {"none": 1, "prumerge_plus": 1}.get(method, 0.3)  # "plus" adds a grid that is everything from 1/6 on
-    assert report["pruned"]["visual_tokens"] == pytest.approx(share * report["visual_tokens_unpruned"], rel=0.1)
+    rel = 0.2 if method == "downsample" else 0.1  # the coarser grid has up to a few tokens fewer
+    assert report["pruned"]["visual_tokens"] == pytest.approx(share * report["visual_tokens_unpruned"], rel=rel)
 
 
 def test_ask_chats_about_media_that_it_encodes_once(monkeypatch, capsys):
