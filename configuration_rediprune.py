@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from .methods_distance import ReDiPrune  # noqa: F401
     from .methods_encoder import EvoPrune  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
+    from .methods_still import HoliTom  # noqa: F401
+    from .methods_video import VidCom2  # noqa: F401
     from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
     from .ops_relevance import RELEVANCES  # noqa: F401
     from .ops_selection import CANDIDATE_POOLS  # noqa: F401
     from .ops_tokens import MIN_NORM  # noqa: F401
+    from .ops_video import share_out  # noqa: F401
 
 LINK_KEYS = ("weights_from", "weights_revision")
 MODEL_AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")

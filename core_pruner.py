@@ -187,7 +187,8 @@ def arranged_sets(item, pruning) -> list:
 
 def _without_width(name: str, values):
     """The encoder's scalars of each token (N, L, 1) as (N, L); every other signal as it is."""
-    return values.squeeze(-1) if name in ("cls_attention", "last_cls_attention", "times") else values
+    scalars = ("cls_attention", "last_cls_attention", "last_attention", "times")
+    return values.squeeze(-1) if name in scalars else values
 
 
 def affinity_by_question(compare, words: list, projected: torch.Tensor, rows: list) -> torch.Tensor:

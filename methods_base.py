@@ -28,8 +28,11 @@ class VisualTokens:
         joint: (N, L, D) fp32, the features in CLIP's joint space, for the relevance `"clip"` alone.
         cls_attention: (N, L) fp32, attention of CLS to each token in the tapped layer, mean over heads.
         keys: (N, L, D) keys of the tapped layer, mean over heads.
+        cls_features: (N, L, C) CLS of the token's frame in the tapped layer.
         last_cls_attention: (N, L) fp32, attention of CLS in the last layer, its heads taken as one.
         last_keys: (N, L, C) keys of the last layer.
+        last_attention: (N, L) fp32, attention that each token receives in the last layer, mean over heads and over all tokens of
+            its frame.
         seeds: N integers, one for each set, that depend on the sample alone and not on what else is in the batch.
         grid: the (frames, height, width, leading) of every set, a `TokenGrid`; `None` = one frame of L tokens.
     """
@@ -43,8 +46,10 @@ class VisualTokens:
     joint: Optional[torch.Tensor] = None
     cls_attention: Optional[torch.Tensor] = None
     keys: Optional[torch.Tensor] = None
+    cls_features: Optional[torch.Tensor] = None
     last_cls_attention: Optional[torch.Tensor] = None
     last_keys: Optional[torch.Tensor] = None
+    last_attention: Optional[torch.Tensor] = None
     seeds: Optional[list] = None
     grid: Optional[tuple] = None
 

@@ -6,6 +6,8 @@ from .methods_coverage import MMTok, Scope
 from .methods_distance import DivPrune, ReDiPrune, ReDiPrunePlus
 from .methods_encoder import EvoPrune, EvoPruneReDiPrune
 from .methods_relevance import CDPruner, Trim
+from .methods_still import HoliTom, PruneVid
+from .methods_video import FastVID, FlashVID, VidCom2
 
 METHODS = {
     "rediprune": ReDiPrune(),
@@ -20,6 +22,11 @@ METHODS = {
     "prumerge": PruMerge(),
     "prumerge_plus": PruMergePlus(),
     "trim": Trim(),
+    "vidcom2": VidCom2(),
+    "fastvid": FastVID(),
+    "flashvid": FlashVID(),
+    "holitom": HoliTom(),
+    "prunevid": PruneVid(),
     "random": Random(),
     "uniform": Uniform(),
     "downsample": Downsample(),

@@ -37,10 +37,13 @@ if TYPE_CHECKING:
     from .methods_registry import METHODS  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
     from .methods_settings import DEFAULT_METHOD  # noqa: F401
+    from .methods_still import HoliTom  # noqa: F401
+    from .methods_video import VidCom2  # noqa: F401
     from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
     from .ops_relevance import RELEVANCES  # noqa: F401
     from .ops_selection import CANDIDATE_POOLS  # noqa: F401
     from .ops_tokens import MIN_NORM  # noqa: F401
+    from .ops_video import share_out  # noqa: F401
 
 
 class _ImagesAlone(PrunedProcessorMixin):

@@ -7,7 +7,8 @@ from .hub_versions import clip_transformer, layer_states, no_masks
 from .ops_merging import merge_tokens, merging_schedule
 from .ops_tokens import gather_tokens
 
-FIELDS = frozenset({"cls_attention", "keys", "last_cls_attention", "last_keys"})  # the signals of `read_attention`
+# The signals of `read_attention`.
+FIELDS = frozenset({"cls_attention", "keys", "cls_features", "last_cls_attention", "last_keys", "last_attention"})
 
 
 def run_tower(tower, pixels: torch.Tensor, taps, required_signals=frozenset()) -> dict:
@@ -55,7 +56,8 @@ def _from_start(tap: int, layers) -> int:
 def _states_read(tap: int, layers, required_signals) -> set:
     """Indices of the hidden states from which `read_attention` computes the required signals: the inputs of their layers."""
     states = {"tap": max(_from_start(tap, layers) - 1, 0), "last": len(layers) - 1}
-    return {states["last" if name.startswith("last_") else "tap"] for name in required_signals & FIELDS}
+    read = required_signals & FIELDS - {"cls_features"}  # which is of the tapped state itself
+    return {states["last" if name.startswith("last_") else "tap"] for name in read}
 
 
 @torch.no_grad()
@@ -68,11 +70,13 @@ def read_attention(tower, states, tap: int, required_signals, with_cls: bool = F
         states: its hidden states by index, each (N, 1 + P, C), embeddings first: those of `run_tower`.
         tap: index of the tapped one among them.
         required_signals: which of `"cls_attention"`, `"keys"` (of the layer whose output is tapped, mean over heads),
-            `"last_cls_attention"` and `"last_keys"` (of the last layer, with its heads taken as one).
+            `"cls_features"` (CLS in that output), `"last_cls_attention"`, `"last_keys"` (of the last layer, with its heads taken
+            as one) and `"last_attention"` (what each receives there from all, CLS too, mean over heads).
         with_cls: whether CLS is a token like the patches, and the first of them.
 
     Returns:
-        `dict` with these names: attentions (N, P, 1) fp32, which with CLS itself add up to 1, and keys (N, P, D).
+        `dict` with these names: attentions (N, P, 1) fp32, which with that of CLS itself add up to 1, keys (N, P, D), and CLS
+        (N, P, C), the same for all patches of a picture.
     """
     layers, fields = clip_transformer(tower).encoder.layers, {}
     if required_signals & {"cls_attention", "keys"}:
@@ -81,6 +85,12 @@ def read_attention(tower, states, tap: int, required_signals, with_cls: bool = F
     if required_signals & {"last_cls_attention", "last_keys"}:
         found = _attention_of_cls(layers[-1], states[len(layers) - 1], with_cls, heads_as_one=True)
         fields["last_cls_attention"], fields["last_keys"] = found
+    first = 0 if with_cls else 1
+    if "cls_features" in required_signals:
+        state = states[_from_start(tap, layers)]
+        fields["cls_features"] = state[:, :1].expand(-1, state.shape[1] - first, -1)
+    if "last_attention" in required_signals:
+        fields["last_attention"] = _attention_received(layers[-1], states[len(layers) - 1])[:, first:, None]
     return {name: fields[name] for name in fields.keys() & required_signals}
 
 
@@ -94,6 +104,15 @@ def _attention_of_cls(layer, states: torch.Tensor, with_cls: bool, heads_as_one:
     weights = (query.float() @ keys.float().mT * width**-0.5).softmax(-1)
     first = 0 if with_cls else 1
     return weights.mean(1)[:, 0, first:, None], keys.mean(1)[:, first:]
+
+
+def _attention_received(layer, states: torch.Tensor) -> torch.Tensor:
+    """What each token receives from all tokens of its picture, CLS first, mean over these and the heads: (N, 1 + P) fp32."""
+    attention, states = layer.self_attn, layer.layer_norm1(states)
+    heads = lambda values: values.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()  # noqa: E731
+    queries, keys = heads(attention.q_proj(states)) * attention.head_dim**-0.5, heads(attention.k_proj(states))
+    # Picture by picture: the weights of all of them at once would take more memory than the tower.
+    return torch.stack([(query @ key.mT).softmax(-1).mean((0, 1)) for query, key in zip(queries, keys)])
 
 
 def encode_and_merge(tower, pixels, num_layers: int, num_kept: int, inside=None) -> tuple:
