@@ -16,6 +16,7 @@ LOOKS = {
     "relevance": "relevance to the question",
     "text_affinity": "closeness to the question's words",
     "last_cls_attention": "attention of CLS, last layer",
+    "last_attention": "attention received, last layer",
     "cls_attention": "attention of CLS",
 }
 

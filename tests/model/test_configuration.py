@@ -36,6 +36,11 @@ DEFAULTS = {
     "encoder_keep_ratio": 0.5,
     "video_pooling": True,
     "positions": None,
+    "least_segments": 8,
+    "segment_threshold": 0.9,
+    "still_threshold": 0.8,
+    "weigh_by_segment": True,
+    "mean_of_trees": False,
     "seed": 0,
 }
 METHOD_NAMES = ", ".join(map(repr, METHODS))
@@ -93,6 +98,11 @@ REFUSED = [
     ("video_pooling", "skip", "true or false"),
     ("video_pooling", None, "true or false"),
     ("positions", "absolute", "'compact', 'original'"),
+    ("least_segments", 0, "an integer of at least 1 and below 2**31"),
+    ("segment_threshold", 1.1, r"a cosine in [-1, 1]"),
+    ("still_threshold", "high", r"a cosine in [-1, 1]"),
+    ("weigh_by_segment", 1, "true or false"),
+    ("mean_of_trees", None, "true or false"),
     ("seed", -1, "a non-negative integer"),
     ("seed", 0.5, "a non-negative integer"),
 ]
@@ -117,6 +127,11 @@ OTHER_THAN_DEFAULT = {
     "encoder_keep_ratio": 0.75,
     "video_pooling": False,
     "positions": "original",
+    "least_segments": 3,
+    "segment_threshold": 0.5,
+    "still_threshold": 0.65,
+    "weigh_by_segment": False,
+    "mean_of_trees": True,
     "seed": 3,
 }
 
