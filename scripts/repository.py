@@ -23,8 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 ROOT = Path(__file__).resolve().parent.parent
 TOWER_FIELDS = {
     "cls_attention",
+    "cls_features",
     "keys",
     "last_cls_attention",
+    "last_attention",
     "last_keys",
 }  # what a method may need of the vision tower
 ENDINGS = (".json", ".md", ".png", ".html")  # of result files
