@@ -14,7 +14,9 @@ from .core_items import MediaItem
 from .core_layout import Layout
 from .methods_registry import METHODS
 
-ENCODER_SIGNALS = frozenset({"cls_attention", "keys", "last_cls_attention", "last_keys", "joint"})
+ENCODER_SIGNALS = frozenset(
+    {"cls_attention", "keys", "cls_features", "last_cls_attention", "last_keys", "last_attention", "joint"}
+)
 SAMPLED_VALUES = 16  # of each weight, for the fingerprint
 
 
