@@ -179,8 +179,14 @@ def test_attention_and_keys_are_those_of_the_eager_tower(model, pixels):
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     output = tower(pixels, output_hidden_states=True, output_attentions=True)
-    required_signals = {"cls_attention", "keys", "last_cls_attention", "last_keys"}
+    required_signals = {"cls_attention", "keys", "cls_features", "last_cls_attention", "last_keys", "last_attention"}
     found = read_attention(tower, output.hidden_states, -2, required_signals)
+    received = output.attentions[2].mean((1, 2))[..., None]
+    torch.testing.assert_close(found["last_attention"], received[:, 1:], atol=1e-5, rtol=1e-4)
+    assert torch.equal(found["cls_features"], output.hidden_states[2][:, :1].expand(-1, 64, -1))
+    with_cls = read_attention(tower, output.hidden_states, -2, required_signals, with_cls=True)
+    torch.testing.assert_close(with_cls["last_attention"], received, atol=1e-5, rtol=1e-4)
+    assert with_cls["cls_features"].shape[1] == 65
     expected = output.attentions[1].mean(1)[:, 0, 1:, None]
     torch.testing.assert_close(found["cls_attention"], expected, atol=1e-5, rtol=1e-4)
     layers = clip_transformer(tower).encoder.layers
@@ -199,6 +205,8 @@ def test_attention_and_keys_are_those_of_the_eager_tower(model, pixels):
     ([-2], {"keys", "relevance"}, {2, 1}),
     ([1], {"cls_attention", "last_keys"}, {1, 0, 2}),
     ([0], {"keys"}, {0}),
+    ([1], {"cls_features"}, {1}),
+    ([1], {"cls_features", "last_attention"}, {1, 2}),
 ])  # fmt: skip
 def test_the_tower_keeps_what_is_asked_for(model, pixels, taps, required_signals, kept):
     tower = model.model.vision_tower

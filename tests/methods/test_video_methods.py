@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES
 from places import GOLDEN
 from rediprune.configuration_rediprune import PruningConfig
 from rediprune.core_layout import TokenGrid
@@ -36,6 +37,7 @@ from rediprune.methods_video import (
 )
 from rediprune.ops_video import cluster_tokens, cut_segments, density_peaks, most_of_rows, share_out, spans
 from safetensors.torch import load_file
+from tiny import random_video, tiny_model, tiny_processor
 
 CASES = json.loads((GOLDEN / "video_methods.json").read_text())
 VIDEO_METHODS = ("vidcom2", "fastvid", "flashvid", "holitom", "prunevid")
@@ -232,6 +234,41 @@ def test_fastvid_takes_more_anchor_frames_where_they_are_full():
     assert (sum(salient), anchors, own) == (5, [0, 0, 0, 3], set())
     salient, anchors, own = fastvid_plan([4], 10, 36)
     assert sum(salient) + sum(anchors) == 36 and own == {0} and all(map(lambda s, a: s + a <= 10, salient, anchors))
+
+
+# -- in the model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("scope", ["frame", "video", "item"])
+def test_a_method_knows_the_grid_of_its_sets(family, scope):
+    """Frames of a video that shares a budget; a row of tokens where grids of several sizes share one."""
+    pruning = {"method": "vidcom2", "keep_ratio": 0.3, "scope": scope}
+    processor, model = family.processor(**pruning), family.model(**pruning)
+    for index in range(len(family.prompts())):
+        for item in model.select_tokens(**family.inputs(processor, index), return_signals=True):
+            grids, shares = item.layout.grids, scope == "item" or scope == "video" and item.kind == "video"
+            expected = [grid._replace(frames=1) for grid in grids]
+            if shares:
+                expected = list(grids) if len(grids) == 1 else [TokenGrid(1, 1, item.layout.num_tokens)]
+            assert [signals.grid for signals in item.signals] == expected
+            for signals in item.signals:
+                assert signals.features.shape[1] == TokenGrid(*signals.grid).num_tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vidcom2", "fastvid"])
+def test_what_was_pruned_behind_the_projector_goes_on_as_it_is(name, monkeypatch):
+    pruning = {"method": name, "keep_ratio": 0.3}
+    model, processor = tiny_model(**pruning), tiny_processor(**pruning)
+    inputs = processor(text="USER : <video> what moves ? ASSISTANT :", videos=[random_video()])
+    seen, language_model = [], model.model.language_model
+    call = language_model.forward
+    monkeypatch.setattr(language_model, "forward", lambda **given: seen.append(given["inputs_embeds"]) or call(**given))
+    model(**inputs)
+    (item,) = model.select_tokens(**inputs)
+    tokens = item.tokens if METHODS[name].after_projector else model.model.multi_modal_projector(item.tokens)
+    assert torch.equal(seen[0][inputs["input_ids"] == model.config.video_token_id], tokens)
 
 
 # -- segments, windows, clusters -----------------------------------------------------------------------------------------
