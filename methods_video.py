@@ -334,7 +334,8 @@ def merge_flashvid(features, picked, segments, budgets, threshold: float, mean_o
             roots = torch.ones_like(roots)
         sizes, wanted = roots.sum(1).tolist(), budget - int(picked[span].sum())
         if released:
-            clusters = [-(-size * wanted // max(1, sum(sizes))) if wanted < sum(sizes) else size for size in sizes]
+            share = wanted / max(1, sum(sizes))
+            clusters = [math.ceil(size * share) if share < 1 else size for size in sizes]
         else:
             clusters = share_out(sizes, wanted, sizes)
         for frame, count in enumerate(clusters):
