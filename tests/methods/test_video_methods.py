@@ -175,7 +175,7 @@ def test_every_count_is_met(name, kind, size):
     tokens, method = video(*size, kind=kind), METHODS[name]
     for options in ({}, {"least_segments": 1, "segment_threshold": -1.0, "still_threshold": 0.2}):
         pruning = PruningConfig(method=name, **options)
-        for count in range(1, math.prod(size)):
+        for count in range(1, math.prod(size), 1 + math.prod(size) // 12):
             features, kept = method.reduce(tokens, count, pruning)
             assert features.shape == (1, count, 8) and features.isfinite().all()
             assert (
