@@ -114,7 +114,8 @@ class PrunedConfigMixin:
     def from_dict(cls, config_dict, **kwargs):
         overrides = kwargs.pop("pruning", None)
         if isinstance(overrides, dict):
-            overrides = {**PruningConfig.from_value(config_dict.get("pruning")).to_dict(), **overrides}
+            block = PruningConfig.from_value(config_dict.get("pruning")).to_dict()
+            overrides = PruningConfig.merged(block, overrides)
         if overrides is not None:
             config_dict = {**config_dict, "pruning": overrides}
         return super().from_dict(config_dict, **kwargs)

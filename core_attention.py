@@ -59,9 +59,10 @@ def check_attention(text_config, pruning) -> None:
     """Raises ValueError where the attention of the language model cannot do what the pruning block of a call asks for."""
     # Read where it is used: flash attention takes gaps between positions for the borders of packed sequences.
     attention = text_config._attn_implementation or ""
-    if pruning.resolved("positions") == "original" and "flash" in attention:
+    positions = pruning.resolved("positions")
+    if positions != "compact" and "flash" in attention:
         raise ValueError(
-            f"positions='original' does not work with attn_implementation={attention!r}, which reads gaps between "
+            f"positions={positions!r} does not work with attn_implementation={attention!r}, which reads gaps between "
             "positions as packed sequences; load the model with attn_implementation='sdpa'."
         )
     if pruning.resolved("proportional_attention"):

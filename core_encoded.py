@@ -153,7 +153,7 @@ def encoder_identity(model, pruning, signals, vision_feature_layer=None, vision_
     merges = pruning.prunes and METHODS[pruning.method].merges_in_encoder
     layer = vision_feature_layer if vision_feature_layer is not None else getattr(config, "vision_feature_layer", None)
     strategy = vision_feature_select_strategy or getattr(config, "vision_feature_select_strategy", None)
-    merging = ("method", "keep_ratio", "encoder_keep_ratio")
+    merging = ("method", "keep_ratio", "keep_tokens", "encoder_keep_ratio")
     return {
         "model_type": config.model_type,
         "vision_feature_layer": list(layer) if isinstance(layer, (list, tuple)) else layer,

@@ -66,6 +66,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         logits_to_keep=0,
         pixel_values_images: Optional[torch.FloatTensor] = None,
         keep_ratio: Optional[float] = None,
+        keep_tokens: Optional[int] = None,
         query_mask: Optional[torch.Tensor] = None,
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
@@ -77,7 +78,8 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         As in the stock class, and:
 
         Args:
-            keep_ratio (`float`, *optional*): keep ratio of this call, as the processor returned it; the config's otherwise.
+            keep_ratio (`float`, *optional*) or keep_tokens (`int`, *optional*): budget of this call, as the processor returned
+                it; the config's otherwise.
             query_mask (`torch.Tensor` of shape `(batch, tokens)`, *optional*): true where a token may belong to the
                 question; the default is wherever `labels` asks for nothing.
             clip_input_ids (`torch.LongTensor` of shape `(batch, segments, tokens)`, *optional*): the question as the text tower
@@ -88,7 +90,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
             past_key_values: the cache, as it is called before transformers 5.24; `cache` is the same argument by its new name.
                 Both work with every version.
             pixel_values_images: `pixel_values`, as transformers 4.57 calls them in Video-LLaVA.
-            position_ids: positions in the pruned prompt; `positions="original"` adds the gaps to them.
+            position_ids: positions in the pruned prompt; other `positions` than `"compact"` add the gaps to them.
 
         Returns:
             `output_class`, with [`KeptIndices`], or a tuple for `return_dict=False`.
@@ -102,7 +104,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         """
         # The signature names `logits_to_keep`, so that `generate` asks for the last token's logits alone, and leaves out
         # `mm_encoder_outputs`: with it, `generate` of 5.x would project all tokens before they can be pruned here.
-        pruning, cache = self.pruning_of_call(keep_ratio), one_cache(past_key_values, cache)
+        pruning, cache = self.pruning_of_call(keep_ratio, keep_tokens), one_cache(past_key_values, cache)
         self.refuse_projected(kwargs.get("mm_encoder_outputs"), pruning)
         prompt = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         stock = {CACHE_NAME: cache, "labels": labels, "logits_to_keep": logits_to_keep, **kwargs}
@@ -145,8 +147,10 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
                 embeds = embeds.masked_scatter(where, projected.to(embeds))
 
         columns = record = None
-        if pruning.prunes and pruning.resolved("positions") == "original":
+        if pruning.prunes and pruning.resolved("positions") != "compact":
             columns, skipped = unpruned_columns(masks, items)
+            if pruning.resolved("positions") == "scaled":
+                columns, skipped = self.scaled_columns(columns, skipped, attention_mask, cache)
             record = TokenRecord(None, skipped.float())
         if pruning.prunes and pruning.resolved("proportional_attention"):
             sizes = tokens_by_place(items, masks, "token_sizes", 1.0)
@@ -167,6 +171,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         attention_mask: Optional[torch.Tensor] = None,
         pixel_values_images: Optional[torch.FloatTensor] = None,
         keep_ratio: Optional[float] = None,
+        keep_tokens: Optional[int] = None,
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
         word_input_ids: Optional[torch.LongTensor] = None,
@@ -183,7 +188,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         Returns:
             `list[MediaItem]`: images first, then videos, each with its `layout`, `row` and flat `kept` indices.
         """
-        pruning = self.pruning_of_call(keep_ratio)
+        pruning = self.pruning_of_call(keep_ratio, keep_tokens)
         pixels = {"image": pixel_values_images if pixel_values is None else pixel_values, "video": pixel_values_videos}
         if encoded_media is not None:
             self.check_encoded(encoded_media, pixels, image_sizes, pruning)

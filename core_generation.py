@@ -76,7 +76,7 @@ class PrunedGenerationMixin:
             )
         if all(model_kwargs.get(name) is None for name in PIXEL_NAMES):
             return False
-        pruning = self.pruning_of_call(model_kwargs.get("keep_ratio"))
+        pruning = self.pruning_of_call(model_kwargs.get("keep_ratio"), model_kwargs.get("keep_tokens"))
         if pruning.prunes or not pruning.video_pooling:
             raise ValueError(
                 f"prefill_chunk_size={size} was given, but the media of this prompt are pruned by the question, which a chunk "
@@ -90,7 +90,7 @@ class PrunedGenerationMixin:
         masks = self.placeholder_masks(input_ids if embeds is None else None, embeds)
         images = next((media[name] for name in IMAGE_NAMES if media[name] is not None), None)
         pixels = {"image": images, "video": media["pixel_values_videos"]}
-        pruning = self.pruning_of_call(kwargs.get("keep_ratio"))
+        pruning = self.pruning_of_call(kwargs.get("keep_ratio"), kwargs.get("keep_tokens"))
         encoded = media.pop("encoded_media")
         layouts = self.layouts_of(pixels, media["image_sizes"], pruning, encoded)
         items = place_items(layouts, masks, pruning, cached_tokens(kwargs.get(CACHE_NAME)))

@@ -65,10 +65,10 @@ def place_items(layouts: list, masks: dict, pruning, cached: int = 0) -> list:
         if rows is None:
             raise ValueError(
                 f"the prompt has {sum(new)} {kind} placeholders (by row: {new}), but its {len(group)} {kind}s give "
-                f"{sum(sizes)} tokens (each: {sizes}) with keep_ratio={pruning.keep_ratio}, method={pruning.method!r}, "
+                f"{sum(sizes)} tokens (each: {sizes}) with {pruning.budget}, method={pruning.method!r}, "
                 f"video_pooling={pruning.video_pooling}, scope={pruning.resolved('scope')!r}. Prepare the inputs with the "
-                "processor of this repository, loaded with the same pruning parameters, and pass all that it returns; a ratio "
-                "for one call goes to the processor as keep_ratio=. To continue a cache, pass the media of the new turn or of "
+                "processor of this repository, loaded with the same pruning parameters, and pass all that it returns; a budget "
+                "for one call goes to the processor as keep_ratio= or keep_tokens=. To continue a cache, pass the media of the new turn or of "
                 "all turns."
             )
         for item, row in zip(group, rows):

@@ -6,7 +6,7 @@ import torch
 
 from .core_attention import biased_mask
 from .core_cache import TokenRecord, all_sizes, cached_tokens, read_record, write_record
-from .core_positions import warn_beyond_context
+from .core_positions import room_for_gaps, shrunk_columns, warn_beyond_context
 from .hub_versions import CACHE_NAME
 
 
@@ -54,6 +54,17 @@ class LanguageForwardMixin:
                 record = TokenRecord(None, torch.zeros(tokens.shape[:2], dtype=torch.float32, device=tokens.device))
             write_record(cache, num_layers, record, num_cached)
         return outputs
+
+    def scaled_columns(self, columns, skipped, attention_mask, cache) -> tuple:
+        """`unpruned_columns` (B, T) of a prompt, shrunk where they leave the context of the language model."""
+        config = self.config.text_config
+        cached, total = read_record(cache, config.num_hidden_layers), cached_tokens(cache) + columns.shape[1]
+        lengths = columns.new_full((len(columns),), total)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # padding takes no position
+            lengths = attention_mask.sum(1).to(columns)
+        if cached is not None:
+            lengths = lengths + cached.skipped.sum(1).to(columns)
+        return shrunk_columns(columns, skipped, room_for_gaps(config, lengths, skipped.sum(1)))
 
     def stock_pixels(self, pixels: dict, image_sizes) -> dict:
         """Pixels by the names that the stock forward pass has for them in this version of transformers."""

@@ -68,9 +68,11 @@ class MediaStagesMixin:
 
         return {kind: mask(token_id) for kind, token_id in token_ids.items()}
 
-    def pruning_of_call(self, keep_ratio) -> PruningConfig:
-        """The pruning block with the keep ratio of a call. Raises ValueError where the model cannot do what it asks for."""
-        pruning = self.config.pruning.with_keep_ratio(_one_ratio(keep_ratio))
+    def pruning_of_call(self, keep_ratio, keep_tokens=None) -> PruningConfig:
+        """The pruning block with the budget of a call. Raises ValueError where the model cannot do what it asks for."""
+        pruning = self.config.pruning.with_budget(
+            _one_value("keep_ratio", keep_ratio), _one_value("keep_tokens", keep_tokens)
+        )
         if not pruning.prunes:
             return pruning
         self.config.check_method(pruning)
@@ -128,6 +130,7 @@ class MediaStagesMixin:
         methods: Optional[list] = None,
         device=None,
         keep_ratio: Optional[float] = None,
+        keep_tokens: Optional[int] = None,
         vision_feature_layer=None,
         vision_feature_select_strategy: Optional[str] = None,
         **text_inputs,
@@ -141,7 +144,7 @@ class MediaStagesMixin:
             methods (`list[str]`, *optional*): which methods are going to be asked; the config's alone where not given. Some need
                 more of the encoder than its features.
             device (*optional*): where the result is kept, such as `"cpu"`; where it was made if not given.
-            keep_ratio: of the call, which methods that merge inside the encoder depend on.
+            keep_ratio, keep_tokens: the budget of the call, which methods that merge inside the encoder depend on.
             vision_feature_layer, vision_feature_select_strategy: instead of the config's.
 
         Returns:
@@ -150,7 +153,7 @@ class MediaStagesMixin:
         Raises:
             ValueError: there are no pixels, or bad ones; a method is unknown, or merges inside the encoder and is not alone.
         """
-        pruning = self.pruning_of_call(keep_ratio)
+        pruning = self.pruning_of_call(keep_ratio, keep_tokens)
         blocks = [pruning.with_changes(method=name) for name in (methods or [pruning.method])]
         merging = [block.method for block in blocks if METHODS[block.method].merges_in_encoder]
         if merging and {block.method for block in blocks} != {pruning.method}:
@@ -235,10 +238,10 @@ class MediaStagesMixin:
         return values
 
 
-def _one_ratio(keep_ratio) -> Optional[float]:
-    """The keep ratio of a call; pipelines with a batch size give a list, with that of each prompt."""
-    if isinstance(keep_ratio, (list, tuple)):
-        if len(set(keep_ratio)) != 1:
-            raise ValueError(f"keep_ratio is {keep_ratio!r}, but must be the same for all prompts of a batch")
-        keep_ratio = keep_ratio[0]
-    return None if keep_ratio is None else float(keep_ratio)
+def _one_value(name: str, value):
+    """The budget of a call; pipelines with a batch size give a list, with that of each prompt."""
+    if isinstance(value, (list, tuple)):
+        if len(set(value)) != 1:
+            raise ValueError(f"{name} is {value!r}, but must be the same for all prompts of a batch")
+        value = value[0]
+    return value

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+ANSWER_SHARE = 1 / 16  # of the context, that shrunk positions leave for the answer
 _WARNED_CONTEXTS = set()  # lengths that were warned about
 
 
@@ -39,6 +40,41 @@ def unpruned_columns(masks: dict, items: list) -> tuple:
     return places + skipped.cumsum(1) - after, skipped
 
 
+def shrunk_columns(columns: torch.Tensor, skipped: torch.Tensor, room: torch.Tensor) -> tuple:
+    """
+    Columns whose gaps are shrunk in proportion, so that a row leaves out no more than `room` in all. Their order is kept, and
+    tokens with nothing between them stay neighbours, those of the text among them.
+
+    Args:
+        columns, skipped: (B, T), those of `unpruned_columns`.
+        room: (B,) LongTensor, at least 0; rows that leave out less are as they were.
+
+    Returns:
+        Both, (B, T).
+    """
+    places = torch.arange(columns.shape[1], device=columns.device)
+    total, room = skipped.sum(1, keepdim=True), room[:, None]
+
+    def shrink(gaps):
+        return torch.where(total > room, gaps * room // total.clamp_min(1), gaps)
+
+    return places + shrink(columns - places), torch.diff(shrink(skipped.cumsum(1)), prepend=torch.zeros_like(total))
+
+
+def room_for_gaps(text_config, lengths: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+    """
+    How many positions the rows of a prompt may leave out, (B,): all that they do while their unpruned prompts fit into the
+    context, else what leaves `ANSWER_SHARE` of it for the answer.
+
+    Args:
+        lengths: (B,) tokens of each row, and positions that its cache has left out.
+        skipped: (B,) what it leaves out.
+    """
+    limit = context_length(text_config)
+    shrunk = (limit - int(limit * ANSWER_SHARE) - lengths).clamp_min(0)
+    return torch.where(lengths + skipped > limit, torch.minimum(shrunk, skipped), skipped)
+
+
 def pooled_places(patches: torch.LongTensor, side: int, stride: int) -> torch.LongTensor:
     """For patches in a grid of `side` x `side` the index of the cell that pooling by `stride` would put them in."""
     pooled = side // stride
@@ -57,7 +93,7 @@ def check_context(text_config, length: int) -> None:
     if length > context_length(text_config):
         raise ValueError(
             f"the prompt has {length} tokens, but the language model takes at most {context_length(text_config)}; shorten the "
-            "question, sample fewer frames, or lower keep_ratio."
+            "question, sample fewer frames, or lower keep_ratio or keep_tokens."
         )
 
 
@@ -72,5 +108,5 @@ def warn_beyond_context(text_config, position_ids: torch.Tensor) -> None:
         logger.warning(
             f"With positions='original' the tokens of this prompt keep the positions of the unpruned one, which has {length} "
             f"tokens, but the language model was made for {limit}. Beyond them answers get worse, without an error. Sample "
-            "fewer frames (num_frames=), or set positions='compact'. This is said once."
+            "fewer frames (num_frames=), or set positions='scaled', which shrinks them into it. This is said once."
         )

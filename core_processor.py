@@ -126,6 +126,7 @@ class PrunedProcessorMixin:
         videos=None,
         audio=None,
         keep_ratio=None,
+        keep_tokens=None,
         encoded_media=None,
         download_timeout=None,
         download_max_bytes=None,
@@ -142,15 +143,15 @@ class PrunedProcessorMixin:
             videos: arrays, lists of frames, or videos as paths, http or https URLs, `bytes` or binary files, sampled as
                 the video processor's config says (or `num_frames=`, `fps=`, `do_sample_frames=`); a clip with fewer
                 frames gives all of them.
-            keep_ratio (`float`, *optional*): keep ratio of this call, instead of the one of `config.json`. It is returned
-                among the inputs, so that `model.generate(**inputs)` follows it.
+            keep_ratio (`float`, *optional*) or keep_tokens (`int`, *optional*): budget of this call, instead of the one of
+                `config.json`. It is returned among the inputs, so that `model.generate(**inputs)` follows it.
             encoded_media ([`EncodedMedia`], *optional*): what `model.encode_media` returned for the media of the prompts,
                 instead of the media: for `model.generate(**inputs, encoded_media=encoded_media)`.
             download_timeout (`float`, *optional*), download_max_bytes (`int`, *optional*): instead of the attributes.
                 The limits hold for each URL with all its redirects; one to another scheme than http or https is refused.
 
         Returns:
-            [`BatchFeature`]: the stock fields, `keep_ratio` (`float`) where it was given, and those of `question_inputs`.
+            [`BatchFeature`]: the stock fields, `keep_ratio` (`float`) or `keep_tokens` (`int`) where it was given, and those of `question_inputs`.
 
         Raises:
             FileNotFoundError: a video path that does not exist.
@@ -173,7 +174,7 @@ class PrunedProcessorMixin:
             raise ValueError("encoded_media and images or videos were given; pass one of them.")
         # A copy with its own pruning block, so that calls with different ratios cannot meet in shared state.
         caller = copy.copy(self)
-        caller.pruning = self.pruning.with_keep_ratio(keep_ratio)
+        caller.pruning = self.pruning.with_budget(keep_ratio, keep_tokens)
         caller.tokenizer = OneAtATime(self.tokenizer)
         fetch = functools.partial(
             download,
@@ -189,8 +190,9 @@ class PrunedProcessorMixin:
             outputs = caller._process(images, text, videos, kwargs)
         else:
             outputs = caller._process_encoded(text, encoded_media, kwargs)
-        if keep_ratio is not None:
-            outputs["keep_ratio"] = caller.pruning.keep_ratio
+        if caller.pruning is not self.pruning:
+            name = "keep_ratio" if keep_tokens is None else "keep_tokens"
+            outputs[name] = getattr(caller.pruning, name)
         if text is not None and not (images is None and videos is None and encoded_media is None):
             outputs.update(caller.question_inputs(text))
         return outputs
@@ -265,7 +267,7 @@ class PrunedProcessorMixin:
         return self.video_token * layout.num_placeholders(self.pruning)
 
     def _get_num_multimodal_tokens(
-        self, image_sizes=None, video_sizes=None, keep_ratio=None, **kwargs
+        self, image_sizes=None, video_sizes=None, keep_ratio=None, keep_tokens=None, **kwargs
     ) -> MultiModalData:
         """
         How many placeholders media of these sizes take: what serving engines ask before they see a medium.
@@ -274,9 +276,9 @@ class PrunedProcessorMixin:
             image_sizes: (height, width) of each image.
             video_sizes: (sampled frames, height, width) of each video; frames are cropped to one size, so only the first
                 counts.
-            keep_ratio (`float`, *optional*): as in `__call__`.
+            keep_ratio (`float`, *optional*), keep_tokens (`int`, *optional*): as in `__call__`.
         """
-        pruning, numbers = self.pruning.with_keep_ratio(keep_ratio), {}
+        pruning, numbers = self.pruning.with_budget(keep_ratio, keep_tokens), {}
         if image_sizes is not None:
             frame = self._frame_size((kwargs.get("crop_size") or self.image_processor.crop_size)["height"])
             layouts = [self.layout_class.image(frame, size) for size in image_sizes]

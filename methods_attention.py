@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from .methods_base import Method
-from .ops_selection import count_kept
 from .ops_tokens import (
     MIN_NORM,
     check_finite,
@@ -112,13 +111,14 @@ class PruMergePlus(PruMerge):
     """
 
     def count(self, num_tokens, pruning):
-        nominal = count_kept(num_tokens, pruning.keep_ratio)
+        nominal = pruning.nominal(num_tokens)
         grid = len(self.grid(num_tokens, pruning))
         return min(num_tokens, grid + round((nominal - 1) * (1 - grid / num_tokens)) + 1)
 
     @staticmethod
     def grid(num_tokens, pruning) -> range:
-        return range(0, num_tokens - 1, max(1, int(math.floor(min(1 / pruning.keep_ratio, 3 * num_tokens)) / 3)))
+        step = int(math.floor(min(1 / pruning.share(num_tokens), 3 * num_tokens)) / 3)
+        return range(0, num_tokens - 1, max(1, step))
 
     def choose(self, attention, num_kept, pruning):
         grid = torch.tensor(self.grid(attention.shape[1], pruning)[:num_kept], device=attention.device)

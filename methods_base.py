@@ -5,7 +5,6 @@ from typing import Optional
 
 import torch
 
-from .ops_selection import count_kept
 from .ops_tokens import gather_tokens
 
 
@@ -105,7 +104,7 @@ class Method:
 
     def count(self, num_tokens: int, pruning) -> int:
         """Tokens that stay of a set of `num_tokens`, for the processor and the model alike."""
-        return count_kept(num_tokens, pruning.keep_ratio)
+        return pruning.nominal(num_tokens)
 
     def count_in_grid(self, grid, pruning) -> int:
         """The same for a set that is a `TokenGrid`, for methods whose count follows from its height and width."""

@@ -5,6 +5,7 @@ from typing import Optional
 
 from .methods_registry import METHODS
 from .methods_settings import collect_settings
+from .ops_selection import count_kept
 
 
 class PruningConfig:
@@ -20,7 +21,8 @@ class PruningConfig:
     Args:
         method (`str`, defaults to `"rediprune"`): which tokens stay; a key of `METHODS` in `methods_registry.py`.
         keep_ratio (`float`, defaults to 0.15): share of the visual tokens that stay, in (0, 1]. A set of `n` tokens
-            keeps `count_kept(n, keep_ratio)`; 1 is the stock model.
+            keeps `count_kept(n, keep_ratio)`; 1 is the stock model. `None` where `keep_tokens` is set.
+        keep_tokens (`int`, *optional*): instead of a share, how many tokens of each set stay; of a smaller set all of them.
         scope (`str`, *optional*): what shares a budget. `"frame"` = each frame and each image view by itself; `"video"` =
             all frames of a video jointly, image views by themselves; `"item"` = all tokens of a video or an image.
         relevance (`str`, *optional*): the space in which tokens and question are compared, for the methods that look at the
@@ -43,27 +45,44 @@ class PruningConfig:
         video_pooling (`bool`, defaults to `True`): the tokens of a video are those that the checkpoint's own 2x2 pooling
             leaves; else the unpooled ones of each frame.
         positions (`str`, *optional*): `"compact"` = the pruned prompt is numbered 0..n-1, as in the paper; `"original"` =
-            every token keeps the position that it has in the unpruned prompt.
+            every token keeps the position that it has in the unpruned prompt; `"scaled"` = the same, but where that prompt is
+            longer than the context of the language model, the gaps are shrunk until it fits.
 
     Of a key that may be `None` (the default of all that are *optional*, but for `text_tower` and `max_candidates`), `None` is
     what the paper of the method has; `resolved` looks it up.
 
     Raises:
-        ValueError: unknown key, or a value out of range; the message names key, value and allowed range.
+        ValueError: unknown key, a value out of range, or both `keep_ratio` and `keep_tokens`; the message names key, value and
+            allowed range. Setting one of the two as an attribute takes the place of the other.
     """
 
     def __init__(self, **values):
-        settings = self.settings()
         self._check_keys(values)
-        checked = {key: setting.checked(key, values.get(key, setting.default)) for key, setting in settings.items()}
-        self._check_together(checked)
-        vars(self).update(checked)
+        vars(self).update(self._checked(values))
 
     def __setattr__(self, key, value):
         self._check_keys([key])
-        value = self.settings()[key].checked(key, value)
-        self._check_together({**vars(self), key: value})
-        super().__setattr__(key, value)
+        vars(self).update(self._checked(self.merged(vars(self), {key: value})))
+
+    @classmethod
+    def _checked(cls, values: dict) -> dict:
+        """All keys, those that are not among `values` with their defaults."""
+        checked, in_tokens = {}, values.get("keep_tokens") is not None
+        for key, setting in cls.settings().items():
+            if key == "keep_ratio" and in_tokens and values.get(key) is None:
+                checked[key] = None
+            else:
+                checked[key] = setting.checked(key, values.get(key, setting.default))
+        cls._check_together(checked)
+        return checked
+
+    @staticmethod
+    def merged(values: dict, changes: dict) -> dict:
+        """`values` with `changes`, in which a budget of one kind takes the place of one of the other kind."""
+        for key, other in (("keep_ratio", "keep_tokens"), ("keep_tokens", "keep_ratio")):
+            if changes.get(key) is not None and other not in changes:
+                changes = {**changes, other: None}
+        return {**values, **changes}
 
     def __eq__(self, other):
         return vars(self) == vars(other) if type(other) is type(self) else NotImplemented
@@ -87,6 +106,11 @@ class PruningConfig:
 
     @staticmethod
     def _check_together(values: dict):
+        if values["keep_ratio"] is not None and values["keep_tokens"] is not None:
+            raise ValueError(
+                f"pruning keys keep_ratio={values['keep_ratio']!r} and keep_tokens={values['keep_tokens']!r} were both given, but a "
+                "budget is one of them; leave the other out, or at None"
+            )
         for method in METHODS.values():
             method.check(values)
         if values["relevance"] == "clip" and values["text_tower"] is None:
@@ -116,18 +140,35 @@ class PruningConfig:
         cls._check_keys(value)
         return cls(**value)
 
-    def with_keep_ratio(self, keep_ratio: Optional[float]) -> "PruningConfig":
-        """This block with another keep ratio; itself when `keep_ratio` is `None`."""
-        return self if keep_ratio is None else self.with_changes(keep_ratio=keep_ratio)
+    def with_budget(self, keep_ratio: Optional[float] = None, keep_tokens: Optional[int] = None) -> "PruningConfig":
+        """This block with the budget of a call; itself where neither is given, a ValueError where both are."""
+        given = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
+        given = {key: value for key, value in given.items() if value is not None}
+        return self.with_changes(**given) if given else self
 
-    def with_changes(self, **values) -> "PruningConfig":
+    def with_changes(self, **changes) -> "PruningConfig":
         """A block of its own with other values of some keys."""
-        return type(self)(**{**vars(self), **values})
+        return type(self)(**self.merged(vars(self), changes))
 
     @property
     def prunes(self) -> bool:
         """Whether any token can be dropped."""
-        return self.method != "none" and self.keep_ratio < 1
+        return self.method != "none" and (self.keep_ratio is None or self.keep_ratio < 1)
+
+    @property
+    def budget(self) -> str:
+        """The budget in words, such as `"keep_ratio=0.15"`."""
+        return f"keep_ratio={self.keep_ratio:g}" if self.keep_tokens is None else f"keep_tokens={self.keep_tokens}"
+
+    def share(self, num_tokens: int) -> float:
+        """The budget of a set of `num_tokens`, as a share of it in (0, 1]."""
+        return self.keep_ratio if self.keep_tokens is None else min(1.0, self.keep_tokens / num_tokens)
+
+    def nominal(self, num_tokens: int) -> int:
+        """The budget of a set of `num_tokens`, before a method adds to it."""
+        return (
+            count_kept(num_tokens, self.keep_ratio) if self.keep_tokens is None else min(self.keep_tokens, num_tokens)
+        )
 
     def resolved(self, key: str):
         """The value of a key that may be `None`: then the method's own."""

@@ -96,6 +96,7 @@ def shown(value) -> str:
 # `PruningConfig` documents them.
 SHARED = {
     "keep_ratio": share(0.15),
+    "keep_tokens": integer(None, 1),
     "scope": choice(None, SCOPES),
     "relevance": choice(None, RELEVANCES),
     "relevance_layer": integer(1, 0),
@@ -107,7 +108,7 @@ SHARED = {
     "query_weighting": choice("exponential", (*QUERY_WEIGHTINGS, "none")),
     "query_max_tokens": integer(128, 1),
     "video_pooling": switch(True),
-    "positions": choice(None, ("compact", "original")),
+    "positions": choice(None, ("compact", "original", "scaled")),
 }
 
 

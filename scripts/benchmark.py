@@ -159,7 +159,7 @@ def pruning_of(model, cell: dict):
     changes = {"keep_ratio": cell["keep_ratio"], "video_pooling": cell["video_pooling"]}
     if cell["method"] != UNPRUNED:
         changes["method"] = cell["method"]
-    return type(block).from_value({**block.to_dict(), **changes})
+    return block.with_changes(**changes)
 
 
 def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:

@@ -198,7 +198,7 @@ class Evaluation:
 
     def _block(self, setting: Setting):
         """The pruning block of a setting."""
-        return type(self.base).from_value({**self.base.to_dict(), **setting.changes})
+        return self.base.with_changes(**setting.changes)
 
     def variants(self, setting: Setting) -> list:
         """A seeded setting once for each seed; the first has the seed of the model's pruning block."""
@@ -219,7 +219,7 @@ class Evaluation:
             queries = [(self.processor, setting.query, index, seed) for index in range(first, first + batch[1])]
             self.other_query.tokens = [questions.query(*query) for query in queries]
             caller = copy.copy(self.processor)
-            caller.pruning = caller.pruning.with_keep_ratio(ratio)
+            caller.pruning = caller.pruning.with_budget(ratio)
             inputs.update(caller.question_inputs([questions.query_prompt(*query) for query in queries]))
         return inputs.to(self.model.device, self.model.dtype)
 

@@ -97,7 +97,7 @@ class Run:
     def __init__(self, case: Case, models: Models):
         self.case = case
         self.model, self.stock, self.processor = models.of(case)
-        self.pruning = self.model.config.pruning.with_keep_ratio(case.keep_ratio)
+        self.pruning = self.model.config.pruning.with_budget(case.keep_ratio)
         self.config = self.model.config
 
     # -- inputs

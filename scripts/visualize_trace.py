@@ -149,9 +149,9 @@ class PreparedMedia:
 
 def ratio_grid(model, prepared: PreparedMedia, pruning, asked, max_steps: int) -> list:
     """The ratios that are asked for, and one for each count of the largest set of tokens, but at most `max_steps`."""
-    inputs = prepared.inputs("?", pruning.with_keep_ratio(1.0))
+    inputs = prepared.inputs("?", pruning.with_budget(1.0))
     model.config.pruning = pruning
-    pruned = pruning.with_keep_ratio(asked[0])
+    pruned = pruning.with_budget(asked[0])
     items = model.select_tokens(**inputs)
     steps = min(max_steps, max(size for item in items for _, size in item.layout.sets(pruned)))
     return sorted({*asked, *((step + 1) / steps for step in range(steps))})
@@ -162,7 +162,7 @@ def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, 
     model.config.pruning = pruning
     counts, masks, look, look_name = [], [], None, None
     for ratio in ratios:
-        block = pruning.with_keep_ratio(ratio)
+        block = pruning.with_budget(ratio)
         items = model.select_tokens(**prepared.inputs(question, block), return_signals=True)
         if look is None:
             look, look_name = looked_at(items)
@@ -177,7 +177,7 @@ def trace(model, prepared: PreparedMedia, question: str, setting: str, pruning, 
         setting=setting,
         pruning=pruning.to_dict(),
         grids=[(grid.height, grid.width) for _, grid in grids],
-        joint=items[0].layout.shares_budget(pruning.with_keep_ratio(ratios[0])),
+        joint=items[0].layout.shares_budget(pruning.with_budget(ratios[0])),
         medium_of=[number for number, _ in grids],
         ratios=list(ratios),
         counts=np.array(counts),

@@ -39,7 +39,7 @@ def test_a_parameter_is_declared_beside_its_method_alone(every, tmp_path):
         copy.copy(block),
         copy.deepcopy(block),
         pickle.loads(pickle.dumps(block)),
-        block.with_keep_ratio(0.15),
+        block.with_budget(0.15),
     ):
         assert same == block and same is not block
     ReDiPruneConfig(pruning=block).save_pretrained(tmp_path)

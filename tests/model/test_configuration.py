@@ -18,6 +18,7 @@ from transformers import LlavaNextVideoConfig
 DEFAULTS = {
     "method": "rediprune",
     "keep_ratio": 0.15,
+    "keep_tokens": None,
     "scope": None,
     "relevance": None,
     "relevance_layer": 1,
@@ -50,6 +51,9 @@ REFUSED = [
     ("method", ["rediprune"], METHOD_NAMES),
     ("keep_ratio", 0, r"a number in (0, 1]"),
     ("keep_ratio", -0.1, r"a number in (0, 1]"),
+    ("keep_tokens", 0, "an integer of at least 1"),
+    ("keep_tokens", 0.5, "an integer of at least 1"),
+    ("keep_tokens", True, "an integer of at least 1"),
     ("keep_ratio", 1.01, r"a number in (0, 1]"),
     ("keep_ratio", math.nan, r"a number in (0, 1]"),
     ("keep_ratio", math.inf, r"a number in (0, 1]"),
@@ -108,7 +112,8 @@ REFUSED = [
 ]
 OTHER_THAN_DEFAULT = {
     "method": "random",
-    "keep_ratio": 0.3,
+    "keep_ratio": None,
+    "keep_tokens": 64,
     "scope": "video",
     "relevance": "attention",
     "relevance_layer": 0,
@@ -220,7 +225,7 @@ def test_a_value_that_no_message_can_hold_is_cut_or_made_plain(key, value, shown
     assert f"pruning key {key!r} is {shown}, but must be " in str(error.value)
     if key == "keep_ratio":
         with pytest.raises(ValueError) as error:
-            config.pruning.with_keep_ratio(value)
+            config.pruning.with_budget(value)
         assert f"is {shown}, but must be a number in (0, 1]" in str(error.value)
 
 
@@ -376,7 +381,7 @@ def test_every_written_form_holds_the_block():
         assert copied.pruning.to_dict() == OTHER_THAN_DEFAULT
     assert ReDiPruneConfig.from_dict(config.to_dict()).pruning.to_dict() == OTHER_THAN_DEFAULT
     assert ReDiPruneConfig(**config.to_dict()).pruning.to_dict() == OTHER_THAN_DEFAULT
-    assert "OTHER" not in repr(config) and '"keep_ratio": 0.3' in repr(config)
+    assert "OTHER" not in repr(config) and '"keep_tokens": 64' in repr(config)
 
 
 def test_the_block_is_written_in_full_although_it_is_the_default(tmp_path):
@@ -436,11 +441,11 @@ def test_counts_of_the_published_shapes():
 
 def test_a_ratio_for_one_call_is_a_copy_and_is_checked():
     block = PruningConfig(keep_ratio=0.2, seed=4)
-    other = block.with_keep_ratio(0.7)
+    other = block.with_budget(0.7)
     assert (block.keep_ratio, other.keep_ratio, other.seed) == (0.2, 0.7, 4)
-    assert block.with_keep_ratio(None) is block
+    assert block.with_budget(None) is block
     with pytest.raises(ValueError, match="'keep_ratio' is 0"):
-        block.with_keep_ratio(0)
+        block.with_budget(0)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +455,7 @@ def test_a_ratio_for_one_call_is_a_copy_and_is_checked():
 )
 def test_scalars_of_numpy_and_torch_are_the_numbers_that_they_hold(value, config):
     config.pruning.keep_ratio = value
-    for block in (PruningConfig(keep_ratio=value), PruningConfig().with_keep_ratio(value), config.pruning):
+    for block in (PruningConfig(keep_ratio=value), PruningConfig().with_budget(value), config.pruning):
         assert type(block.keep_ratio) is float and block.keep_ratio == 0.25 and block.count(100) == 25
     assert json.loads(config.to_json_string())["pruning"]["keep_ratio"] == 0.25
 

@@ -97,3 +97,97 @@ def test_a_second_turn_can_go_beyond(caplog):
 def test_the_context_of_the_config_is_the_one_that_counts():
     text_config = tiny_config().text_config
     assert core_positions.context_length(text_config) == text_config.max_position_embeddings
+
+
+# -- longer than the context -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def positions(monkeypatch):
+    """What the language model is given, pass by pass."""
+    seen = []
+
+    def of(model):
+        forward = model.model.language_model.forward
+
+        def record(*args, position_ids=None, **kwargs):
+            seen.append(position_ids)
+            return forward(*args, position_ids=position_ids, **kwargs)
+
+        monkeypatch.setattr(model.model.language_model, "forward", record)
+        return seen
+
+    return of
+
+
+def tokens_of(text):
+    """How many tokens a prompt has without the placeholders of its video."""
+    return tiny_processor()(text=text.replace("<video>", ""))["input_ids"].shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limit", [40, 60, 68])
+def test_scaled_positions_end_before_the_context_does(limit, positions):
+    """A video of 64 tokens of which 8 stay; its text keeps its neighbours, and all tokens their order."""
+    model = with_context(tiny_model(positions="scaled", keep_ratio=0.125), limit)
+    seen, inputs = positions(model), inputs_of(model)
+    model(**inputs)
+    (row,) = seen[0]
+    assert (row.diff() >= 1).all() and row[0] == 0
+    is_video = inputs["input_ids"][0] == model.config.video_token_id
+    after = row[is_video.nonzero()[-1, 0] + 1 :]
+    assert (after.diff() == 1).all()
+    assert row[-1] == limit - limit // 16 - 1  # the last token of the unpruned prompt, and room for the answer
+    model.config.pruning.positions = "original"
+    model(**inputs)
+    (whole,) = seen[1]
+    unpruned = whole[-1] + 1
+    assert unpruned == 64 + tokens_of(TEXT) > limit
+    gaps, shrunk = (places - torch.arange(len(places)) for places in (whole, row))
+    assert torch.equal(shrunk, gaps * shrunk[-1] // gaps[-1])
+
+
+@torch.no_grad()
+def test_scaled_positions_of_a_prompt_that_fits_are_the_original_ones():
+    model = tiny_model(positions="original", keep_ratio=0.2)
+    inputs = inputs_of(model)
+    with_context(model, 64 + tokens_of(TEXT))
+    expected = model(**inputs).logits
+    model.config.pruning.positions = "scaled"
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_scaled_positions_are_those_of_each_row_and_go_on_while_it_answers(positions):
+    texts = [TEXT, f"{TEXT} red blue red blue"]
+    model = with_context(tiny_model(positions="scaled", keep_ratio=0.125), 60)
+    processor = tiny_processor(**model.config.pruning.to_dict())
+    videos = [random_video(0), random_video(1)]
+    seen = positions(model)
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [4, 5]}
+    together = model.generate(**processor(text=texts, videos=videos, padding=True), **options)
+    of_batch, steps = seen[0], seen[1:3]
+    for row, (text, video) in enumerate(zip(texts, videos)):
+        seen.clear()
+        alone = model.generate(**processor(text=text, videos=[video]), **options)
+        assert torch.equal(alone[0, -3:], together[row, -3:])
+        assert torch.equal(seen[0][0], of_batch[row][-seen[0].shape[1] :])
+        assert [int(step[row]) for step in steps] == [int(seen[0].max()) + 1, int(seen[0].max()) + 2]
+
+
+@torch.no_grad()
+def test_a_second_video_shrinks_into_what_the_first_has_left(positions):
+    model = with_context(tiny_model(positions="scaled", keep_ratio=0.125), 100)
+    seen, cache = positions(model), DynamicCache()
+    inputs = inputs_of(model)
+    for _ in range(2):
+        model(**{**inputs, "attention_mask": None}, past_key_values=cache)
+    first, second = seen[0][0], seen[1][0]
+    assert second[0] == first[-1] + 1 == 64 + tokens_of(TEXT)
+    assert second[-1] == 100 - 100 // 16 - 1 and (second.diff() >= 1).all()
+
+
+def test_a_prompt_that_is_too_long_when_pruned_is_refused_with_scaled_positions_too():
+    model = with_context(tiny_model(positions="scaled", keep_ratio=0.5), 30)
+    with pytest.raises(ValueError, match="takes at most 30; .*lower keep_ratio or keep_tokens"):
+        model(**inputs_of(model))

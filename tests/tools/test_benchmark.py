@@ -131,8 +131,7 @@ def test_results_survive_a_round_trip(report, monkeypatch, tmp_path, capsys):
 
 def test_inputs_are_the_same_for_every_setting(tiny):
     unpruned, pruned = (
-        benchmark.random_inputs(tiny, tiny.config.pruning.with_keep_ratio(ratio), 3, 2, 30, seed=5)
-        for ratio in (1.0, 0.25)
+        benchmark.random_inputs(tiny, tiny.config.pruning.with_budget(ratio), 3, 2, 30, seed=5) for ratio in (1.0, 0.25)
     )
     assert torch.equal(unpruned["pixel_values_videos"], pruned["pixel_values_videos"])
     is_word = [ids != tiny.config.video_token_id for ids in (unpruned["input_ids"], pruned["input_ids"])]

@@ -54,7 +54,7 @@ def test_a_trace_has_the_masks_of_what_is_kept(family, kind, method):
     assert [picture.picture.shape[0] // grid[0] for picture, grid in zip(media.panels(), item.grids, strict=True)]
     assert item.num_tokens == sum(height * width for height, width in item.grids)
     assert item.masks[-1].all()
-    (kept,) = model.select_tokens(**media.inputs("where is it", processor.pruning.with_keep_ratio(0.25)))
+    (kept,) = model.select_tokens(**media.inputs("where is it", processor.pruning.with_budget(0.25)))
     patches = torch.cat(patches_of(kept.layout))
     assert item.masks[item.step(0.25)].tolist() == torch.isin(patches, kept.kept).tolist()
     assert item.counts[item.step(0.25)] == len(kept.kept)

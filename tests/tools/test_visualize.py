@@ -65,7 +65,7 @@ def test_prompts_are_those_of_the_processor(loaded, media, setting):
     case = Case(loaded, media, setting)
     for ratio in (0.1, 0.5, 1.0):
         expected = case.processed(ratio)
-        got = case.prepared.inputs(QUESTION, case.pruning.with_keep_ratio(ratio))
+        got = case.prepared.inputs(QUESTION, case.pruning.with_budget(ratio))
         assert expected["input_ids"].tolist() == got["input_ids"].tolist()
         assert expected["attention_mask"].tolist() == got["attention_mask"].tolist()
 
