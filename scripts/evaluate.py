@@ -92,8 +92,6 @@ def setting(text: str) -> Setting:
     query = changes.pop("query", "own")
     if query not in QUERIES:
         raise argparse.ArgumentTypeError(f"{text!r}: query is {query!r}, but must be one of {', '.join(QUERIES)}")
-    if "keep_ratio" in changes:
-        raise argparse.ArgumentTypeError(f"{text!r}: give the keep ratio as --ratios {changes['keep_ratio']}")
     try:
         block = code_module("configuration_rediprune").PruningConfig.from_value(changes)
     except ValueError as error:
@@ -126,6 +124,9 @@ def parse_arguments():
     add_model_arguments(parser)
     args = parser.parse_args()
     args.settings = args.settings or [setting(text) for text in DEFAULT_SETTINGS]
+    for chosen in args.settings:
+        if "keep_ratio" in chosen.changes:
+            parser.error(f"--settings {chosen.text}: give the keep ratio as --ratios {chosen.changes['keep_ratio']}")
     args.settings = list({setting.text: setting for setting in args.settings}.values())
     args.ratios, args.kinds = list(dict.fromkeys(args.ratios)), list(dict.fromkeys(args.kinds))
     check_scenes(parser, args)
