@@ -76,7 +76,7 @@ def test_ask_compares_with_the_unpruned_model(monkeypatch, capsys, tmp_path):
         "--overlay",
         overlay,
     )
-    assert report["pruned"]["visual_tokens"] == 8 * 5
+    assert report["pruned"]["visual_tokens"] == 43
     assert report["unpruned"]["visual_tokens"] == report["visual_tokens_unpruned"] == 8 * 36
     for name in ("pruned", "unpruned"):
         assert report[name]["answer"]
@@ -146,7 +146,7 @@ def test_ask_answers_about_a_real_clip(monkeypatch, capsys, tmp_path):
     report = ask(
         monkeypatch, capsys, "--video", clip, "--question", "what do you see?", "--overlay", tmp_path / "kept.png"
     )
-    assert report["pruned"]["visual_tokens"] == 40
+    assert report["pruned"]["visual_tokens"] == 43
     assert (tmp_path / "kept.png").exists()
 
 
@@ -160,6 +160,7 @@ WRITERS = {
     "evaluate_plots": [str(ROOT / "docs" / "results" / "ablation-image.json"), "--output", "OUTPUT"],
     "relevance_study": ["--output", "OUTPUT"],
     "benchmark": ["--output", "OUTPUT"],
+    "evaluate_frames": ["--output", "OUTPUT"],
     "encoder_cost": ["--output", "OUTPUT"],
     "selection_cost": ["--output", "OUTPUT"],
     "check_ecosystem": ["--output", "OUTPUT"],
