@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 from visualize_colours import BOTH, FIRST, HEAT, ORDER, SECOND, colour_of
 from visualize_trace import LOOKS
 
-WIDTH, NARROWEST = 1920, 1000
+WIDTH, NARROWEST = 1280, 1000  # about what a page or a screen shows without shrinking it
 EDGE, LABELS, BETWEEN, GAP = 48, 250, 36, 6
 SMALLEST, LARGEST = 54, 300  # height of a panel
 FEW = 3  # panels
-PER_LINE = 8
+SHORT_LINE, LONG_LINE = 4, 8  # panels side by side, of up to eight and of more
 BACKGROUND, INK, SOFT, RULE, ACCENT = (16, 18, 24), (240, 242, 248), (152, 160, 178), (44, 48, 60), (255, 196, 61)
 DIMMED, CLOUD, TINT = 0.30, 0.80, 0.45
 
@@ -62,7 +62,8 @@ class Page:
 
     def __init__(self, panels, columns: int, width: int):
         shapes = [panel.picture.shape[:2] for panel in panels]
-        lines = [shapes[start : start + PER_LINE] for start in range(0, len(panels), PER_LINE)]
+        self.per_line = SHORT_LINE if len(panels) <= LONG_LINE else LONG_LINE
+        lines = [shapes[start : start + self.per_line] for start in range(0, len(panels), self.per_line)]
         widest = max(sum(across / high for high, across in line) for line in lines)
         room = (width - 2 * EDGE - LABELS + BETWEEN) / columns - BETWEEN - GAP * (len(lines[0]) - 1)
         self.cell, self.y, self.parts = int(min(LARGEST, max(SMALLEST, room / widest))), EDGE, []
@@ -71,8 +72,8 @@ class Page:
         self.bright = [Image.fromarray(panel.picture).resize(size, resize) for panel, size in zip(panels, self.sizes)]
         self.grey = [picture.convert("L").convert("RGB") for picture in self.bright]
         self.strip_width = max(
-            sum(across + GAP for across, _ in self.sizes[start : start + PER_LINE]) - GAP
-            for start in range(0, len(panels), PER_LINE)
+            sum(across + GAP for across, _ in self.sizes[start : start + self.per_line]) - GAP
+            for start in range(0, len(panels), self.per_line)
         )
         self.strip_height = len(lines) * (self.cell + GAP) - GAP
         self.columns = [EDGE + LABELS + index * (self.strip_width + BETWEEN) for index in range(columns)]
@@ -105,7 +106,7 @@ class Page:
     def strip(self, column: int, pictures):
         x, y = self.columns[column], self.y
         for index, picture in enumerate(pictures):
-            if index and index % PER_LINE == 0:
+            if index and index % self.per_line == 0:
                 x, y = self.columns[column], y + self.cell + GAP
             self.parts.append(lambda canvas, draw, at=(x, y), picture=picture: canvas.paste(picture, at))
             x += picture.width + GAP
