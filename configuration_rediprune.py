@@ -2,11 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaNextConfig, LlavaNextVideoConfig, VideoLlavaConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextVideoConfig,
+    LlavaOnevisionConfig,
+    SiglipVisionConfig,
+    VideoLlavaConfig,
+)
 
 from .hub_files import code_in_place
 from .hub_untrusted import names_folder, resolve_text_tower
 from .hub_versions import register_for_serving
+from .methods_base import CLS_SIGNALS
 from .methods_block import PruningConfig
 from .methods_registry import METHODS
 from .methods_settings import is_whole, shown
@@ -15,7 +24,6 @@ if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
     # names itself, so each of the three that `auto_map` names lists all that it rests on.
     from .methods_attention import CONTEXTUAL_SHARE  # noqa: F401
-    from .methods_base import VisualTokens  # noqa: F401
     from .methods_baselines import Random  # noqa: F401
     from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
     from .methods_distance import ReDiPrune  # noqa: F401
@@ -63,6 +71,7 @@ class PrunedConfigMixin:
         trained_frames: how many frames of a video it was trained with; `None` where its checkpoints name that themselves.
         model_class, model_file, processor_class: names of the classes that load with it, and of the file of the model's.
         can_merge_in_encoder, cannot_merge_because: whether methods that merge in the vision encoder work, and why not.
+        tower_type: the `model_type` of its vision tower; one that is no CLIP has neither CLS nor CLIP's joint space.
     """
 
     base_model_type = model_class = processor_class = ""
@@ -70,6 +79,7 @@ class PrunedConfigMixin:
     takes_videos, video_processor = False, ""
     trained_frames = None
     can_merge_in_encoder, cannot_merge_because = True, ""
+    tower_type = CLIPVisionConfig.model_type
 
     def __init__(self, *args, pruning=None, weights_from=None, weights_revision=None, **kwargs):
         kwargs.pop("model_type", None)  # the stock one, in the config.json of a stock checkpoint
@@ -136,12 +146,12 @@ class PrunedConfigMixin:
 
     @classmethod
     def check_tower(cls, vision_config) -> None:
-        """Raises ValueError for a vision tower, a config or its dictionary, that is no CLIP; without a type it is one."""
+        """Raises ValueError for a vision tower, a config or its dictionary, of another type; without a type it is of this one."""
         of = vision_config.get if isinstance(vision_config, dict) else lambda key: getattr(vision_config, key, None)
-        if of("model_type") not in (None, CLIPVisionConfig.model_type):
+        if of("model_type") not in (None, cls.tower_type):
             raise ValueError(
                 f"config key 'vision_config' is of the type {shown(of('model_type'))}, but must be "
-                f"{CLIPVisionConfig.model_type!r}: pruning reads the layers, patches and CLS of a CLIP vision tower. Take a "
+                f"{cls.tower_type!r}: pruning reads the layers and patches of such a vision tower. Take a "
                 f"{cls.base_model_type!r} checkpoint with one; this one runs unpruned in transformers' own class."
             )
 
@@ -153,6 +163,19 @@ class PrunedConfigMixin:
             raise ValueError(
                 f"method={pruning.method!r} merges tokens inside the vision encoder, which does not work with "
                 f"{cls.base_model_type!r}: {cls.cannot_merge_because}. Choose another method."
+            )
+        if cls.tower_type == CLIPVisionConfig.model_type:
+            return
+        missing = sorted(method.required_signals & CLS_SIGNALS)
+        if missing:
+            raise ValueError(
+                f"method={pruning.method!r} needs the attention of CLS ({', '.join(missing)}), but the vision tower of "
+                f"{cls.base_model_type!r}, a {cls.tower_type!r}, has no CLS. Choose another method, such as 'rediprune'."
+            )
+        if pruning.text_tower is not None:
+            raise ValueError(
+                f"pruning key 'text_tower' is {pruning.text_tower!r}, but the vision tower of {cls.base_model_type!r}, a "
+                f"{cls.tower_type!r}, was not made from a CLIP, so that there is no joint space with its text. Set it to None."
             )
 
     def check_link_for_others(self) -> None:
@@ -243,10 +266,33 @@ class ReDiPruneVideoLlavaConfig(PrunedConfigMixin, VideoLlavaConfig):
         super().__init__(*args, **kwargs)
 
 
+class ReDiPruneLlavaOnevisionConfig(PrunedConfigMixin, LlavaOnevisionConfig):
+    """LLaVA-OneVision's config with a pruning block ([`PrunedConfigMixin`])."""
+
+    model_type = "rediprune_llava_onevision"
+    base_model_type = LlavaOnevisionConfig.model_type
+    model_class = "ReDiPruneLlavaOnevisionForConditionalGeneration"
+    processor_class = "ReDiPruneLlavaOnevisionProcessor"
+    takes_videos, video_processor = True, "LlavaOnevisionVideoProcessor"
+    trained_frames = 32
+    tower_type = SiglipVisionConfig.model_type
+    can_merge_in_encoder = False
+    cannot_merge_because = "its vision tower has no CLS, whose attention decides what is merged"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
 # Every family, by the `model_type` of the checkpoints that its variants are made from.
 CONFIGS = {
     cls.base_model_type: cls
-    for cls in (ReDiPruneConfig, ReDiPruneLlavaConfig, ReDiPruneLlavaNextConfig, ReDiPruneVideoLlavaConfig)
+    for cls in (
+        ReDiPruneConfig,
+        ReDiPruneLlavaConfig,
+        ReDiPruneLlavaNextConfig,
+        ReDiPruneLlavaOnevisionConfig,
+        ReDiPruneVideoLlavaConfig,
+    )
 }
 
 for cls in CONFIGS.values():

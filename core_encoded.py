@@ -12,11 +12,10 @@ import torch
 
 from .core_items import MediaItem
 from .core_layout import Layout
+from .methods_base import CLS_SIGNALS
 from .methods_registry import METHODS
 
-ENCODER_SIGNALS = frozenset(
-    {"cls_attention", "keys", "cls_features", "last_cls_attention", "last_keys", "last_attention", "joint"}
-)
+ENCODER_SIGNALS = CLS_SIGNALS | {"joint"}
 SAMPLED_VALUES = 16  # of each weight, for the fingerprint
 
 

@@ -11,6 +11,7 @@ from .core_cache import TokenRecord, cached_tokens, one_cache
 from .core_encoded import EncodedMedia
 from .core_items import place_items, tokens_by_place
 from .core_language import LanguageForwardMixin
+from .core_layout import sizes_of_tiled
 from .core_media import MediaStagesMixin
 from .core_positions import check_context, unpruned_columns
 from .core_question import Question, check_masks, question_mask
@@ -71,6 +72,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
         word_input_ids: Optional[torch.LongTensor] = None,
+        batch_num_images: Optional[torch.LongTensor] = None,
         encoded_media: Optional[EncodedMedia] = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
@@ -86,6 +88,8 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
                 reads it, and `clip_attention_mask` with 0 for its padding, as the processor returned them.
             word_input_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): the content words of the question, -1
                 where a row has fewer, as the processor returned them.
+            batch_num_images (`torch.LongTensor` of shape `(prompts,)`, *optional*): how many images each prompt that has some
+                holds, for LLaVA-OneVision, as the processor returned them.
             encoded_media ([`EncodedMedia`], *optional*): what `encode_media` returned, instead of pixels.
             past_key_values: the cache, as it is called before transformers 5.24; `cache` is the same argument by its new name.
                 Both work with every version.
@@ -122,6 +126,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         }
         if encoded_media is not None:
             self.check_encoded(encoded_media, pixels, image_sizes, pruning, **tower)
+        image_sizes = sizes_of_tiled(image_sizes, batch_num_images)
         self.check_media(pixels, image_sizes)
         masks = self.placeholder_masks(**prompt)
         check_masks(masks["image"].shape, cached_tokens(cache), attention_mask, query_mask)
@@ -136,7 +141,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
             pruning, embeds, is_question, input_ids, clip_input_ids, clip_attention_mask, word_input_ids
         )
         if encoded_media is None:
-            self.encode_items(items, pixels, image_sizes, pruning, **tower)
+            self.encode_items(items, pixels, pruning, **tower)
         else:
             encoded_media.fill(items, embeds.device)
         self.prune_items(items, pruning, question)
@@ -175,6 +180,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         clip_input_ids: Optional[torch.LongTensor] = None,
         clip_attention_mask: Optional[torch.LongTensor] = None,
         word_input_ids: Optional[torch.LongTensor] = None,
+        batch_num_images: Optional[torch.LongTensor] = None,
         encoded_media: Optional[EncodedMedia] = None,
         return_signals: bool = False,
         **kwargs,
@@ -192,6 +198,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         pixels = {"image": pixel_values_images if pixel_values is None else pixel_values, "video": pixel_values_videos}
         if encoded_media is not None:
             self.check_encoded(encoded_media, pixels, image_sizes, pruning)
+        image_sizes = sizes_of_tiled(image_sizes, batch_num_images)
         self.check_media(pixels, image_sizes)
         masks = self.placeholder_masks(input_ids)
         check_masks(masks["image"].shape, 0, attention_mask)
@@ -202,7 +209,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
             pruning, embeds, is_question, input_ids, clip_input_ids, clip_attention_mask, word_input_ids
         )
         if encoded_media is None:
-            self.encode_items(items, pixels, image_sizes, pruning)
+            self.encode_items(items, pixels, pruning)
         else:
             encoded_media.fill(items, embeds.device)
         self.prune_items(items, pruning, question, return_signals)

@@ -8,11 +8,12 @@ from transformers import StaticCache
 
 from .core_cache import cached_tokens, one_cache
 from .core_items import expanded_order, place_items
+from .core_layout import images_of_prompts, sizes_of_tiled
 from .hub_versions import CACHE_NAME
 
 IMAGE_NAMES = ("pixel_values", "pixel_values_images")
 PIXEL_NAMES = (*IMAGE_NAMES, "pixel_values_videos")
-MEDIA_NAMES = (*PIXEL_NAMES, "image_sizes", "encoded_media")
+MEDIA_NAMES = (*PIXEL_NAMES, "image_sizes", "batch_num_images", "encoded_media")
 QUESTION_NAMES = ("query_mask", "clip_input_ids", "clip_attention_mask", "word_input_ids")
 
 
@@ -86,6 +87,8 @@ class PrunedGenerationMixin:
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         media = {name: kwargs.pop(name, None) for name in MEDIA_NAMES}
+        images_by_prompt = media.pop("batch_num_images")
+        media["image_sizes"] = sizes_of_tiled(media["image_sizes"], images_by_prompt)
         embeds = kwargs.get("inputs_embeds")
         masks = self.placeholder_masks(input_ids if embeds is None else None, embeds)
         images = next((media[name] for name in IMAGE_NAMES if media[name] is not None), None)
@@ -105,6 +108,8 @@ class PrunedGenerationMixin:
             indices = order["video" if name == "pixel_values_videos" else "image"]
             if values is not None and indices:
                 kwargs[name] = values[indices]
+        if images_by_prompt is not None and "image_sizes" in kwargs:
+            kwargs["batch_num_images"] = images_of_prompts(kwargs["image_sizes"])
         if encoded is not None and any(order.values()):
             kwargs["encoded_media"] = encoded.take(order["image"], order["video"])
         return input_ids, kwargs

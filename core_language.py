@@ -6,6 +6,7 @@ import torch
 
 from .core_attention import biased_mask
 from .core_cache import TokenRecord, all_sizes, cached_tokens, read_record, write_record
+from .core_layout import images_of_prompts
 from .core_positions import room_for_gaps, shrunk_columns, warn_beyond_context
 from .hub_versions import CACHE_NAME
 
@@ -71,4 +72,6 @@ class LanguageForwardMixin:
         names = signature(super().forward).parameters
         image = "pixel_values_images" if "pixel_values_images" in names else "pixel_values"
         given = {image: pixels["image"], "pixel_values_videos": pixels["video"], "image_sizes": image_sizes}
+        if "batch_num_images" in names and image_sizes is not None:
+            given["batch_num_images"] = images_of_prompts(image_sizes)
         return {name: values for name, values in given.items() if values is not None}

@@ -1,6 +1,9 @@
 """How many visual tokens an image or a video makes, and in which grids: plain arithmetic, shared by the processor (which
 writes that many placeholders) and the model (which fills them), so that the two cannot disagree."""
 
+import itertools
+import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -25,6 +28,17 @@ class TokenGrid(NamedTuple):
         return self.frames * self.tokens_per_set
 
 
+class TileCrop(NamedTuple):
+    """The tiles of one image: `rows` x `columns` tiles, whose joint token grid is cut to the box that holds the image."""
+
+    rows: int
+    columns: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 @dataclass(frozen=True)
 class Layout:
     """
@@ -34,11 +48,17 @@ class Layout:
         kind: `"image"` or `"video"`.
         grids: tuple of `TokenGrid`.
         row_newlines: whether each row of the last grid ends with a newline token when nothing is pruned.
+        closing_newline: whether a newline token follows all others when nothing is pruned.
+        crop: how the tiles of an image lie, whose tokens are its last grid; `None` = it has no tiles.
+        projected: whether the encoder gives its tokens behind the projector, where this family pools them.
     """
 
     kind: str
     grids: tuple
     row_newlines: bool = False
+    closing_newline: bool = False
+    crop: Optional[TileCrop] = None
+    projected: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +68,7 @@ class Layout:
     @property
     def num_unpruned(self) -> int:
         """Tokens when nothing is pruned, newlines included."""
-        return self.num_tokens + (self.grids[-1].height if self.row_newlines else 0)
+        return self.num_tokens + (self.grids[-1].height if self.row_newlines else 0) + self.closing_newline
 
     def shares_budget(self, pruning) -> bool:
         """Whether all tokens are one set under `pruning` (a `PruningConfig`), instead of each frame or view."""
@@ -92,17 +112,6 @@ class Layout:
         return kept + rows_before
 
 
-class TileCrop(NamedTuple):
-    """The tiles of one image: `rows` x `columns` tiles, whose joint token grid is cut to the box that holds the image."""
-
-    rows: int
-    columns: int
-    top: int
-    left: int
-    height: int
-    width: int
-
-
 class FrameSize(NamedTuple):
     """
     What a checkpoint makes of a picture.
@@ -112,12 +121,14 @@ class FrameSize(NamedTuple):
         side: patches on that side.
         pinpoints: the resolutions (height, width) that an image may be tiled in; `None` = it is one tile.
         pool_stride: stride of the pooling of video frames; `None` = none.
+        max_tiles: an image whose tiles have more tokens than so many whole tiles is shrunk to these; `None` = none is.
     """
 
     pixels: int
     side: int
     pinpoints: Optional[list] = None
     pool_stride: Optional[int] = None
+    max_tiles: Optional[int] = None
 
 
 class LlavaLayouts:
@@ -143,7 +154,7 @@ class LlavaNextLayouts(LlavaLayouts):
     def image(frame, image_size):
         crop = crop_of_tiles(image_size, frame.pinpoints, frame.pixels, frame.side)
         grids = (TokenGrid(1, frame.side, frame.side), TokenGrid(1, crop.height, crop.width))
-        return Layout("image", grids, row_newlines=True)
+        return Layout("image", grids, row_newlines=True, crop=crop)
 
 
 class LlavaNextVideoLayouts(LlavaNextLayouts):
@@ -168,6 +179,82 @@ class VideoLlavaLayouts(LlavaLayouts):
     @staticmethod
     def video(frame, num_frames, pruning):
         return Layout("video", (TokenGrid(num_frames, frame.side, frame.side, leading=1),))
+
+
+class LlavaOnevisionLayouts(LlavaNextLayouts):
+    """
+    LLaVA-OneVision: an image as LLaVA-NeXT, with fewer tokens of its tiles where these are too many, or one view, which ends
+    with a newline. A video ends with one, too; its frames are pooled, unless `video_pooling` is off.
+    """
+
+    kinds = ("image", "video")
+
+    @staticmethod
+    def image(frame, image_size):
+        """The layout of an image of (height, width) pixels, or of (0, 0) for one that is not tiled."""
+        base = TokenGrid(1, frame.side, frame.side)
+        if not any(image_size):
+            return Layout("image", (base,), closing_newline=True)
+        crop = crop_of_tiles(image_size, frame.pinpoints, frame.pixels, frame.side)
+        height, width = shrunk_size(crop, frame)
+        shrinks, grids = (height, width) != (crop.height, crop.width), (base, TokenGrid(1, height, width))
+        return Layout("image", grids, row_newlines=True, crop=crop, projected=shrinks)
+
+    @staticmethod
+    def video(frame, num_frames, pruning):
+        side = math.ceil(frame.side / 2) if pruning.video_pooling else frame.side
+        grids = (TokenGrid(num_frames, side, side),)
+        return Layout("video", grids, closing_newline=True, projected=pruning.video_pooling)
+
+
+def shrunk_size(crop: TileCrop, frame: FrameSize) -> tuple:
+    """(height, width) of the tokens that an image's tiles make: those of the crop, or fewer where they are too many."""
+    ratio = math.sqrt(crop.height * crop.width / (frame.max_tiles * frame.side**2))
+    return (int(crop.height // ratio), int(crop.width // ratio)) if ratio > 1.1 else (crop.height, crop.width)
+
+
+def max_tiles_of(aspect_ratio) -> int:
+    """The number in LLaVA-OneVision's `vision_aspect_ratio`, such as 9 in "anyres_max_9"."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", str(aspect_ratio))
+    if not found:
+        raise ValueError(
+            f'vision_aspect_ratio is {aspect_ratio!r}, but must be "anyres_max_" and a number of tiles; set it in config.json '
+            'to what the checkpoint was trained with ("anyres_max_9" for LLaVA-OneVision).'
+        )
+    return int(found[1])
+
+
+def sizes_of_tiled(image_sizes: torch.LongTensor, batch_num_images) -> torch.LongTensor:
+    """
+    Sizes of images, (0, 0) for those that are not tiled: LLaVA-OneVision tiles an image that is alone in its prompt.
+
+    Args:
+        image_sizes: (images, 2), height and width.
+        batch_num_images: (prompts,) how many of them each prompt has; `None` = as the sizes say.
+
+    Raises:
+        ValueError: these are not as many images.
+    """
+    if batch_num_images is None or image_sizes is None:
+        return image_sizes
+    tiled = are_tiled(batch_num_images)
+    if len(tiled) != len(image_sizes):
+        raise ValueError(
+            f"image_sizes hold {len(image_sizes)} images, but batch_num_images {len(tiled)}; pass all that the processor returned."
+        )
+    return image_sizes * torch.tensor(tiled, device=image_sizes.device)[:, None]
+
+
+def are_tiled(batch_num_images) -> list:
+    """For each image whether it is alone in its prompt, from the numbers of images of each prompt."""
+    return [number == 1 for number in map(int, batch_num_images) for _ in range(number)]
+
+
+def images_of_prompts(image_sizes: torch.LongTensor) -> torch.LongTensor:
+    """Of `sizes_of_tiled` the numbers of images that prompts have; those that are not tiled count as of one prompt."""
+    groups = itertools.groupby(image_sizes.any(1).tolist())
+    numbers = [[1] * len(list(group)) if tiled else [len(list(group))] for tiled, group in groups]
+    return torch.tensor(sum(numbers, []), device=image_sizes.device)
 
 
 def check_pinpoints(grid_pinpoints, tile_size: int = 1) -> None:

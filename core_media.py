@@ -9,7 +9,7 @@ from .core_attention import check_attention
 from .core_cache import cached_tokens
 from .core_encoded import EncodedMedia, encoder_identity, freeze, signals_of
 from .core_items import MediaItem, check_pixels, place_items
-from .core_layout import FrameSize
+from .core_layout import FrameSize, sizes_of_tiled
 from .core_pruner import Pruner
 from .core_question import Question
 from .methods_registry import METHODS
@@ -127,6 +127,7 @@ class MediaStagesMixin:
         pixel_values_videos: Optional[torch.FloatTensor] = None,
         image_sizes: Optional[torch.LongTensor] = None,
         pixel_values_images: Optional[torch.FloatTensor] = None,
+        batch_num_images: Optional[torch.LongTensor] = None,
         methods: Optional[list] = None,
         device=None,
         keep_ratio: Optional[float] = None,
@@ -139,8 +140,8 @@ class MediaStagesMixin:
         Runs the vision encoder, for `generate(..., encoded_media=...)` with any number of questions, keep ratios and methods.
 
         Args:
-            pixel_values, pixel_values_videos, image_sizes, pixel_values_images: as in `forward`. All that the processor returned
-                may be passed; the text among it is left alone.
+            pixel_values, pixel_values_videos, image_sizes, pixel_values_images, batch_num_images: as in `forward`. All that the
+                processor returned may be passed; the text among it is left alone.
             methods (`list[str]`, *optional*): which methods are going to be asked; the config's alone where not given. Some need
                 more of the encoder than its features.
             device (*optional*): where the result is kept, such as `"cpu"`; where it was made if not given.
@@ -166,6 +167,7 @@ class MediaStagesMixin:
         pixels = {"image": pixel_values_images if pixel_values is None else pixel_values, "video": pixel_values_videos}
         if pixels["image"] is None and pixels["video"] is None:
             raise ValueError("encode_media was given no pixels; pass what the processor returned for images or videos.")
+        image_sizes = sizes_of_tiled(image_sizes, batch_num_images)
         self.check_media(pixels, image_sizes)
         items = [MediaItem(layout) for layout in self.layouts_of(pixels, image_sizes, pruning)]
         tower = {
@@ -173,7 +175,7 @@ class MediaStagesMixin:
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
         signals = frozenset().union(*map(signals_of, blocks))
-        self.encode_items(items, pixels, image_sizes, pruning, signals, **tower)
+        self.encode_items(items, pixels, pruning, signals, **tower)
         return freeze(items, encoder_identity(self, pruning, signals, **tower), device)
 
     def check_encoded(self, encoded: EncodedMedia, pixels: dict, image_sizes, pruning, **tower) -> None:
@@ -194,12 +196,12 @@ class MediaStagesMixin:
 
     # -- the three stages --------------------------------------------------------------------------------------------------
 
-    def encode_items(self, items: list, pixels: dict, image_sizes, pruning, signals=None, **tower) -> None:
+    def encode_items(self, items: list, pixels: dict, pruning, signals=None, **tower) -> None:
         """Fills in the sets of every `MediaItem`, with the signals that `pruning` requires or those that are named; see
         `LlavaEncoder.encode`."""
         if signals is None:
             signals = signals_of(pruning) if pruning.prunes else frozenset()
-        self.encoder_class(self, pruning, signals, **tower).encode(items, pixels, image_sizes)
+        self.encoder_class(self, pruning, signals, **tower).encode(items, pixels)
 
     def prune_items(self, items: list, pruning, question: Question, return_signals: bool = False) -> None:
         """Fills in which tokens of every `MediaItem` stay, for a question; see `Pruner`."""
@@ -212,20 +214,28 @@ class MediaStagesMixin:
         """The kept tokens of items of one kind, projected, in the order of their placeholders: (tokens, H)."""
         if not items:
             return None
-        tokens = torch.cat([item.tokens for item in items])
-        if pruning.after_projector:
-            return tokens
-        tokens = self.model.multi_modal_projector(tokens)
-        if pruning.prunes or not items[0].layout.row_newlines:
-            return tokens
-        parts = []
-        for item, part in zip(items, tokens.split([len(item.tokens) for item in items])):
-            grid = item.layout.grids[-1]
-            before, rows = part[: len(part) - grid.num_tokens], part[len(part) - grid.num_tokens :]
+        parts = {id(item): item.tokens for item in items}
+        unprojected = [] if pruning.after_projector else [item for item in items if not item.layout.projected]
+        if unprojected:
+            tokens = self.model.multi_modal_projector(torch.cat([item.tokens for item in unprojected]))
+            numbers = [len(item.tokens) for item in unprojected]
+            parts |= {id(item): part for item, part in zip(unprojected, tokens.split(numbers))}
+        tokens = [parts[id(item)] for item in items]
+        if not pruning.prunes:
+            tokens = [self._with_newlines(item.layout, part) for item, part in zip(items, tokens)]
+        return torch.cat(tokens)
+
+    def _with_newlines(self, layout, tokens: torch.Tensor) -> torch.Tensor:
+        """All tokens of an item (n, H) with the newlines that it has when nothing is pruned."""
+        if layout.row_newlines:
+            grid = layout.grids[-1]
+            before, rows = tokens.split([len(tokens) - grid.num_tokens, grid.num_tokens])
             rows = rows.unflatten(0, (grid.height, grid.width))
             newline = self.model.image_newline.to(rows).expand(len(rows), 1, -1)
-            parts += [before, torch.cat([rows, newline], dim=1).flatten(0, 1)]
-        return torch.cat(parts)
+            tokens = torch.cat([before, torch.cat([rows, newline], dim=1).flatten(0, 1)])
+        if layout.closing_newline:
+            tokens = torch.cat([tokens, self.model.image_newline[None].to(tokens)])
+        return tokens
 
     def largest_of_heads(self, values: torch.Tensor) -> torch.Tensor:
         """Of values that are the largest of the heads of this process, the largest of all: tensor parallelism shares out the

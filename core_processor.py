@@ -12,12 +12,12 @@ from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 from .configuration_rediprune import PruningConfig
-from .core_layout import FrameSize, check_pinpoints
+from .core_layout import FrameSize, are_tiled, check_pinpoints
 from .hub_files import code_in_place, make_portable, whole_files
 from .hub_versions import TRANSFORMERS_4
 from .inputs_chat import contents_as_lists, plain_messages, plain_text, plain_tools
 from .inputs_download import MAX_BYTES, TIMEOUT, download
-from .inputs_media import is_empty
+from .inputs_media import flat_images, is_empty
 from .inputs_reading import check_prompts, check_text, read_images, sample_videos
 from .inputs_text_tower import question_segments
 from .inputs_tokenizing import OneAtATime
@@ -26,6 +26,11 @@ from .inputs_words import content_words
 
 class PrunedProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}, "common_kwargs": {"return_tensors": "pt"}}
+
+
+def side_of_pictures(part, crop_size=None) -> int:
+    """Pixels on the side of the squares that an image or video processor makes, or that it would with another `crop_size`."""
+    return (crop_size or getattr(part, "crop_size", None) or part.size)["height"]
 
 
 class PrunedProcessorMixin:
@@ -79,9 +84,13 @@ class PrunedProcessorMixin:
             kwargs.setdefault("use_fast", True)
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor.pruning = config.pruning
-        if hasattr(config, "spatial_pool_stride"):
-            processor.spatial_pool_stride = config.spatial_pool_stride
+        processor.take_sizes(config)
         return processor
+
+    def take_sizes(self, config) -> None:
+        """Takes from the model's config what it says about the numbers of visual tokens."""
+        if hasattr(config, "spatial_pool_stride"):
+            self.spatial_pool_stride = config.spatial_pool_stride
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, *args, **kwargs):
@@ -250,8 +259,10 @@ class PrunedProcessorMixin:
     def replace_image_token(self, image_inputs, image_idx, **kwargs) -> str:
         """The placeholders of one image."""
         pixels = image_inputs.get("pixel_values", image_inputs.get("pixel_values_images"))  # 4.57's name in Video-LLaVA
-        sizes = image_inputs.get("image_sizes")
+        sizes, numbers = image_inputs.get("image_sizes"), image_inputs.get("batch_num_images")
         size = None if sizes is None else [int(length) for length in sizes[image_idx]]
+        if numbers is not None and not are_tiled(numbers)[image_idx]:
+            size = (0, 0)
         height, width = np.shape(pixels[image_idx])[-2:]
         if height != width:
             raise ValueError(f"images are {height}x{width} after preprocessing, but the vision tower takes squares.")
@@ -280,12 +291,12 @@ class PrunedProcessorMixin:
         """
         pruning, numbers = self.pruning.with_budget(keep_ratio, keep_tokens), {}
         if image_sizes is not None:
-            frame = self._frame_size((kwargs.get("crop_size") or self.image_processor.crop_size)["height"])
+            frame = self._frame_size(side_of_pictures(self.image_processor, kwargs.get("crop_size")))
             layouts = [self.layout_class.image(frame, size) for size in image_sizes]
             numbers["num_image_tokens"] = [layout.num_placeholders(pruning) for layout in layouts]
             numbers["num_image_patches"] = [1] * len(layouts)  # all views of an image are one entry of `pixel_values`
         if video_sizes is not None:
-            frame = self._frame_size(self.video_processor.crop_size["height"])
+            frame = self._frame_size(side_of_pictures(self.video_processor))
             layouts = [self.layout_class.video(frame, size[0], pruning) for size in video_sizes]
             numbers["num_video_tokens"] = [layout.num_placeholders(pruning) for layout in layouts]
         return MultiModalData(**numbers)
@@ -293,8 +304,15 @@ class PrunedProcessorMixin:
     def _read_images(self, images, kwargs, fetch) -> list:
         options = {**kwargs, **kwargs.get("images_kwargs", {})}
         if hasattr(self.image_processor, "image_grid_pinpoints") and options.get("crop_size") is None:
-            check_pinpoints(self.image_processor.image_grid_pinpoints, self.image_processor.crop_size["height"])
-        return read_images(images, self.image_processor, kwargs, fetch)
+            check_pinpoints(self.image_processor.image_grid_pinpoints, side_of_pictures(self.image_processor))
+        flat = read_images(images, self.image_processor, kwargs, fetch)
+        numbers = flat_images(images)[1] if "batch_num_images" in self.image_processor.model_input_names else None
+        if numbers is None:
+            return flat
+        # In lists as they were given: one that is alone in its list is tiled. 4.57 cannot read an empty list.
+        images = iter(flat)
+        rows = [list(itertools.islice(images, number)) for number in numbers]
+        return [row for row in rows if row] if TRANSFORMERS_4 else rows
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Refuses texts that do not have one placeholder for each medium; see `check_prompts`."""

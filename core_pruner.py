@@ -58,9 +58,11 @@ class Pruner:
         for item in items:
             for index, (_, grid) in enumerate(item.layout.set_grids(self.pruning)):
                 num_tokens = sets[id(item)][index]["features"].shape[1]
-                by_size[num_tokens, self.pruning.count_in_grid(grid), grid].append((item, index))
-        for (_, num_kept, grid), group in by_size.items():
+                by_size[num_tokens, self.pruning.count_in_grid(grid), grid, item.layout.projected].append((item, index))
+        for (_, num_kept, grid, projected), group in by_size.items():
             signals = concatenate([sets[id(item)][index] for item, index in group])
+            if projected:
+                signals["projected"] = signals["features"]
             numbers = [len(sets[id(item)][index]["features"]) for item, index in group]
             rows = [item.row for (item, _), number in zip(group, numbers) for _ in range(number)]
             if seeds is not None:
@@ -99,7 +101,7 @@ class Pruner:
             `VisualTokens`, or `None` where all tokens stay.
         """
         source_indices = signals.pop("source_indices", None)
-        if self.pruning.after_projector:
+        if self.pruning.after_projector and "projected" not in signals:
             signals["features"] = self.project(signals["features"])
         features, tokens = signals["features"], None
         num_sets, num_tokens = features.shape[:2]
@@ -138,7 +140,7 @@ class Pruner:
         groups = pruning.resolved("proportional_attention") or pruning.resolved("merge_weight")
         compares_projected = ("compared" in required or groups) and distance == "projected"
         reads_projected = reads and (relevance in ("projected", "attention") or "text_affinity" in reads)
-        if "projected" in required or compares_projected or reads_projected:
+        if tokens.projected is None and ("projected" in required or compares_projected or reads_projected):
             tokens.projected = tokens.features if pruning.after_projector else self.project(tokens.features)
         tokens.compared = tokens.projected if distance == "projected" else tokens.features
         if clip is not None and tokens.joint is None:  # merged inside the vision encoder

@@ -7,6 +7,9 @@ import torch
 
 from .ops_tokens import gather_tokens
 
+# What the encoder tells of a tower with a CLS token.
+CLS_SIGNALS = frozenset({"cls_attention", "keys", "cls_features", "last_cls_attention", "last_keys", "last_attention"})
+
 
 @dataclass
 class VisualTokens:

@@ -7,25 +7,42 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
     VideoLlavaForConditionalGeneration,
 )
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from transformers.models.llava_next.modeling_llava_next import LlavaNextCausalLMOutputWithPast
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoCausalLMOutputWithPast
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionCausalLMOutputWithPast
 from transformers.models.video_llava.modeling_video_llava import VideoLlavaCausalLMOutputWithPast
 
 from .configuration_rediprune import (
     ReDiPruneConfig,
     ReDiPruneLlavaConfig,
     ReDiPruneLlavaNextConfig,
+    ReDiPruneLlavaOnevisionConfig,
     ReDiPruneVideoLlavaConfig,
 )
 from .core_forward import KeptIndices, PrunedForwardMixin
 from .core_generation import PrunedGenerationMixin
-from .core_layout import LlavaLayouts, LlavaNextLayouts, LlavaNextVideoLayouts, VideoLlavaLayouts
+from .core_layout import (
+    FrameSize,
+    LlavaLayouts,
+    LlavaNextLayouts,
+    LlavaNextVideoLayouts,
+    LlavaOnevisionLayouts,
+    VideoLlavaLayouts,
+    max_tiles_of,
+)
 from .hub_versions import loading_options
 from .hub_weights import LinkedWeightsMixin
-from .vision_encoders import LlavaEncoder, LlavaNextEncoder, LlavaNextVideoEncoder, VideoLlavaEncoder
+from .vision_encoders import (
+    LlavaEncoder,
+    LlavaNextEncoder,
+    LlavaNextVideoEncoder,
+    LlavaOnevisionEncoder,
+    VideoLlavaEncoder,
+)
 from .vision_tower import ClipTowerMixin
 
 if TYPE_CHECKING:
@@ -63,7 +80,7 @@ if TYPE_CHECKING:
     from .ops_selection import CANDIDATE_POOLS  # noqa: F401
     from .ops_tokens import MIN_NORM  # noqa: F401
     from .ops_video import share_out  # noqa: F401
-    from .vision_clip import FIELDS  # noqa: F401
+    from .vision_clip import run_tower  # noqa: F401
     from .vision_joint_space import JointSpace  # noqa: F401
 
 
@@ -142,11 +159,43 @@ class ReDiPruneVideoLlavaForConditionalGeneration(_Pruned, VideoLlavaForConditio
         return (self.model.video_tower, True) if kind == "video" else (self.model.image_tower, False)
 
 
+@dataclass
+class ReDiPruneLlavaOnevisionOutput(KeptIndices, LlavaOnevisionCausalLMOutputWithPast):
+    """The stock output, and what was kept ([`KeptIndices`])."""
+
+
+class ReDiPruneLlavaOnevisionForConditionalGeneration(_Pruned, LlavaOnevisionForConditionalGeneration):
+    """
+    LLaVA-OneVision ([`LlavaOnevisionForConditionalGeneration`]), pruned as `config.pruning` says ([`PrunedForwardMixin`]).
+
+    Pruning acts between vision tower and projector, but on what this family pools behind its projector: pooled frames of
+    videos, and images that are so large that the tokens of their tiles are shrunk. Newlines go when tokens go.
+    """
+
+    config_class = ReDiPruneLlavaOnevisionConfig
+    config: ReDiPruneLlavaOnevisionConfig
+    layout_class, encoder_class = LlavaOnevisionLayouts, LlavaOnevisionEncoder
+    output_class = ReDiPruneLlavaOnevisionOutput
+    loading_options = loading_options(
+        ReDiPruneLlavaOnevisionConfig.model_type,
+        ReDiPruneLlavaOnevisionConfig.base_model_type,
+        LlavaOnevisionForConditionalGeneration,
+    )
+
+    @property
+    def frame_size(self) -> FrameSize:
+        return super().frame_size._replace(max_tiles=max_tiles_of(self.config.vision_aspect_ratio))
+
+    def encoder_modules(self):
+        return [*super().encoder_modules(), self.model.multi_modal_projector]
+
+
 # So that saving copies this file and those that it imports, also where a class was not loaded through an Auto class.
 for _cls in (
     ReDiPruneLlavaForConditionalGeneration,
     ReDiPruneLlavaNextForConditionalGeneration,
     ReDiPruneLlavaNextVideoForConditionalGeneration,
+    ReDiPruneLlavaOnevisionForConditionalGeneration,
     ReDiPruneVideoLlavaForConditionalGeneration,
 ):
     _cls.register_for_auto_class("AutoModelForImageTextToText")

@@ -1,16 +1,33 @@
 """One processor class for each family: [`PrunedProcessorMixin`] before the stock class."""
 
+import math
 from typing import TYPE_CHECKING
 
-from transformers import LlavaNextProcessor, LlavaNextVideoProcessor, LlavaProcessor, VideoLlavaProcessor
+from transformers import (
+    LlavaNextProcessor,
+    LlavaNextVideoProcessor,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    VideoLlavaProcessor,
+)
 
 from .configuration_rediprune import (
     ReDiPruneConfig,
     ReDiPruneLlavaConfig,
     ReDiPruneLlavaNextConfig,
+    ReDiPruneLlavaOnevisionConfig,
     ReDiPruneVideoLlavaConfig,
 )
-from .core_layout import LlavaLayouts, LlavaNextLayouts, LlavaNextVideoLayouts, VideoLlavaLayouts, check_pool_stride
+from .core_layout import (
+    FrameSize,
+    LlavaLayouts,
+    LlavaNextLayouts,
+    LlavaNextVideoLayouts,
+    LlavaOnevisionLayouts,
+    VideoLlavaLayouts,
+    check_pool_stride,
+    max_tiles_of,
+)
 from .core_processor import PrunedProcessorMixin
 
 if TYPE_CHECKING:
@@ -162,10 +179,54 @@ class ReDiPruneVideoLlavaProcessor(PrunedProcessorMixin, VideoLlavaProcessor):
         self.set_pruning(pruning)
 
 
+class ReDiPruneLlavaOnevisionProcessor(PrunedProcessorMixin, LlavaOnevisionProcessor):
+    """[`LlavaOnevisionProcessor`] that writes one placeholder for each visual token that stays ([`PrunedProcessorMixin`])."""
+
+    config_class, layout_class = ReDiPruneLlavaOnevisionConfig, LlavaOnevisionLayouts
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        video_processor=None,
+        num_image_tokens=729,
+        vision_feature_select_strategy=None,
+        chat_template=None,
+        image_token="<image>",
+        video_token="<video>",
+        vision_aspect_ratio="anyres_max_9",
+        pruning=None,
+        **kwargs,
+    ):
+        super().__init__(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            video_processor=video_processor,
+            num_image_tokens=num_image_tokens,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            video_token=video_token,
+            vision_aspect_ratio=vision_aspect_ratio,
+            **kwargs,
+        )
+        self.set_pruning(pruning)
+
+    def take_sizes(self, config):
+        vision = config.vision_config
+        self.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        self.vision_aspect_ratio = config.vision_aspect_ratio
+
+    def _frame_size(self, pixels):
+        pinpoints, max_tiles = self.image_processor.image_grid_pinpoints, max_tiles_of(self.vision_aspect_ratio)
+        return FrameSize(pixels, math.isqrt(self.num_image_tokens), pinpoints, max_tiles=max_tiles)
+
+
 # So that saving copies this file and those that it imports.
 for _cls in (
     ReDiPruneLlavaProcessor,
     ReDiPruneLlavaNextProcessor,
+    ReDiPruneLlavaOnevisionProcessor,
     ReDiPruneProcessor,
     ReDiPruneVideoLlavaProcessor,
 ):

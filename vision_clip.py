@@ -4,11 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from .hub_versions import clip_transformer, layer_states, no_masks
+from .methods_base import CLS_SIGNALS
 from .ops_merging import merge_tokens, merging_schedule
 from .ops_tokens import gather_tokens
-
-# The signals of `read_attention`.
-FIELDS = frozenset({"cls_attention", "keys", "cls_features", "last_cls_attention", "last_keys", "last_attention"})
 
 
 def run_tower(tower, pixels: torch.Tensor, taps, required_signals=frozenset()) -> dict:
@@ -42,9 +40,10 @@ def run_tower(tower, pixels: torch.Tensor, taps, required_signals=frozenset()) -
 
 
 def embed_patches(tower, pixels: torch.Tensor) -> torch.Tensor:
-    """The input (N, 1 + P, C) of the first layer, CLS first."""
+    """The input (N, 1 + P, C) of the first layer, CLS first; (N, P, C) in a SigLIP, which has neither CLS nor this norm."""
     vision = clip_transformer(tower)
-    return vision.pre_layrnorm(vision.embeddings(pixels))
+    states = vision.embeddings(pixels)
+    return vision.pre_layrnorm(states) if hasattr(vision, "pre_layrnorm") else states
 
 
 def _from_start(tap: int, layers) -> int:
@@ -56,7 +55,7 @@ def _from_start(tap: int, layers) -> int:
 def _states_read(tap: int, layers, required_signals) -> set:
     """Indices of the hidden states from which `read_attention` computes the required signals: the inputs of their layers."""
     states = {"tap": max(_from_start(tap, layers) - 1, 0), "last": len(layers) - 1}
-    read = required_signals & FIELDS - {"cls_features"}  # which is of the tapped state itself
+    read = required_signals & CLS_SIGNALS - {"cls_features"}  # which is of the tapped state itself
     return {states["last" if name.startswith("last_") else "tap"] for name in read}
 
 

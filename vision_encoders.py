@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 
-from .core_layout import crop_of_tiles, split_budget
+from .core_layout import split_budget
 from .core_positions import pooled_places
 from .methods_registry import METHODS
 from .ops_tokens import in_raster_order
@@ -34,14 +34,13 @@ class LlavaEncoder:
         self.method = METHODS[pruning.method]
         self.layer, self.strategy = vision_feature_layer, vision_feature_select_strategy
 
-    def encode(self, items: list, pixels: dict, image_sizes=None) -> None:
+    def encode(self, items: list, pixels: dict) -> None:
         """
         Fills in the sets of every item.
 
         Args:
             items: images, then videos.
             pixels: for each kind the pixels of its items; `None` where there are none.
-            image_sizes: (images, 2), height and width of each image.
 
         Raises:
             ValueError: the tower's output cannot be pruned: it is not one of patches, or there is no layer to merge in.
@@ -49,17 +48,17 @@ class LlavaEncoder:
         images, videos = ([item for item in items if item.kind == kind] for kind in ("image", "video"))
         merges = self.pruning.prunes and self.method.merges_in_encoder
         if images:
-            (self.merge_images if merges else self.encode_images)(images, pixels["image"], image_sizes)
+            (self.merge_images if merges else self.encode_images)(images, pixels["image"])
         if videos:
             (self.merge_videos if merges else self.encode_videos)(videos, pixels["video"])
 
-    def encode_images(self, images: list, pixels: torch.Tensor, image_sizes) -> None:
+    def encode_images(self, images: list, pixels: torch.Tensor) -> None:
         """`pixels`: (images, 3, height, width)."""
         signals = self.patch_signals(pixels, "image")
         for index, item in enumerate(images):
             item.sets = [_map(signals, lambda values: values[index : index + 1])]
 
-    def merge_images(self, images: list, pixels: torch.Tensor, image_sizes) -> None:
+    def merge_images(self, images: list, pixels: torch.Tensor) -> None:
         num_tokens = images[0].layout.num_tokens
         num_kept = self._count_in_encoder(num_tokens, num_tokens)
         tower, _ = self.model.tower_of("image")
@@ -98,23 +97,26 @@ class LlavaEncoder:
 class LlavaNextEncoder(LlavaEncoder):
     """LLaVA-NeXT: each image is a base view and tiles, whose patches are put together and cut to the image."""
 
-    def encode_images(self, images, pixels, image_sizes):
-        crops, views = self._views_of_images(pixels, image_sizes)
+    def encode_images(self, images, pixels):
+        views = self._views_of_images(images, pixels)
         signals = self.patch_signals(torch.cat(views), "image")
         ends = itertools.accumulate(len(views_) for views_ in views)
-        for item, crop, views_, end in zip(images, crops, views, ends):
+        for item, views_, end in zip(images, views, ends):
             start = end - len(views_)
-            base = _map(signals, lambda values: values[start : start + 1])
-            tiles = _map(signals, lambda values: _cropped_tiles(values[start + 1 : end], crop, self.frame.side))
-            item.sets = [base, tiles]
+            item.sets = self.sets_of_image(item.layout, _map(signals, lambda values: values[start:end]))
 
-    def merge_images(self, images, pixels, image_sizes):
+    def sets_of_image(self, layout, signals: dict) -> list:
+        """The sets of an image from the signals of its views (1 + tiles, P, ...), the base view first."""
+        base = _map(signals, lambda values: values[:1])
+        return [base, _map(signals, lambda values: _cropped_tiles(values[1:], layout.crop, self.frame.side))]
+
+    def merge_images(self, images, pixels):
         """Each tile merges down to its part of the budget, and leaves out the patches of its padding."""
         num_patches, device = self.frame.side**2, pixels.device
         everything = torch.arange(num_patches, device=device)
         by_size, found = defaultdict(list), {}
-        crops, views = self._views_of_images(pixels, image_sizes)
-        places = [_places_of_patches(crop, self.frame.side).to(device) for crop in crops]
+        views = self._views_of_images(images, pixels)
+        places = [_places_of_patches(item.layout.crop, self.frame.side).to(device) for item in images]
         for image, (item, views_) in enumerate(zip(images, views)):
             inside = [everything] + [(tile >= 0).nonzero()[:, 0] for tile in places[image]]
             sizes = [grid.tokens_per_set for grid in item.layout.grids]
@@ -140,14 +142,13 @@ class LlavaNextEncoder(LlavaEncoder):
                 {"features": features, "source_indices": indices},
             ]
 
-    def _views_of_images(self, pixels, image_sizes) -> tuple:
-        """For each image its `TileCrop` and its views (1 + tiles, 3, height, width), the base view first."""
-        frame = self.frame
-        crops = [crop_of_tiles(size, frame.pinpoints, frame.pixels, frame.side) for size in image_sizes.tolist()]
-        numbers = [1 + crop.rows * crop.columns for crop in crops]
+    def _views_of_images(self, images, pixels) -> list:
+        """For each image its views (1 + tiles, 3, height, width), the base view first."""
+        crops = [item.layout.crop for item in images]
+        numbers = [1 if crop is None else 1 + crop.rows * crop.columns for crop in crops]
         if pixels.dim() == 5:  # (images, views, 3, height, width), padded to the largest number of views
-            return crops, [views[:number] for views, number in zip(pixels, numbers)]
-        return crops, list(pixels.split(numbers))
+            return [views[:number] for views, number in zip(pixels, numbers)]
+        return list(pixels.split(numbers))
 
 
 class LlavaNextVideoEncoder(LlavaNextEncoder):
@@ -185,6 +186,33 @@ class VideoLlavaEncoder(LlavaEncoder):
     def encode_videos(self, videos: list, pixels: torch.Tensor) -> None:
         """`pixels`: (videos, frames, 3, height, width)."""
         signals = self.patch_signals(pixels.flatten(0, 1), "video")
+        for index, item in enumerate(videos):
+            item.sets = [_map(signals, lambda values: values.chunk(len(videos))[index])]
+
+
+class LlavaOnevisionEncoder(LlavaNextEncoder):
+    """
+    LLaVA-OneVision: images as LLaVA-NeXT, or one view. It pools projected tokens, and its projector, an MLP, does not commute
+    with that: the frames of a video, unless `video_pooling` is off, and an image whose tiles are shrunk come projected.
+    """
+
+    def sets_of_image(self, layout, signals):
+        if layout.crop is None:
+            return [signals]
+        if not layout.projected:
+            return super().sets_of_image(layout, signals)
+        features = self.model.model.multi_modal_projector(signals["features"])
+        tiles = _cropped_tiles(features[1:], layout.crop, self.frame.side)
+        tiles = tiles.mT.unflatten(2, (layout.crop.height, layout.crop.width))
+        tiles = F.interpolate(tiles, layout.grids[-1][1:3], mode="bilinear").flatten(2).mT
+        return [{"features": features[:1]}, {"features": tiles}]
+
+    def encode_videos(self, videos: list, pixels: torch.Tensor) -> None:
+        """`pixels`: (videos, frames, 3, height, width)."""
+        signals = self.patch_signals(pixels.flatten(0, 1), "video")
+        if self.pruning.video_pooling:
+            model = self.model.model
+            signals["features"] = model.apply_pooling(model.multi_modal_projector(signals["features"]))
         for index, item in enumerate(videos):
             item.sets = [_map(signals, lambda values: values.chunk(len(videos))[index])]
 

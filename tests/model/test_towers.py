@@ -5,19 +5,25 @@ import json
 import pytest
 from exporting import leftovers, refused
 from families import FAMILIES
+from rediprune.methods_base import CLS_SIGNALS
 from rediprune.methods_registry import METHODS
 from tiny import PATCH_SIZE, tiny_config
 from transformers import CLIPVisionConfig, SiglipVisionConfig
+from transformers.models.auto import CONFIG_MAPPING
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-OTHER_TOWERS = ["siglip_vision_model", "pixtral"]
+CLIP, SIGLIP = CLIPVisionConfig.model_type, SiglipVisionConfig.model_type
+TOWERS = [CLIP, SIGLIP, "pixtral"]
 MERGING = [name for name, method in METHODS.items() if method.merges_in_encoder]
 
 
 @EVERY_FAMILY
-@pytest.mark.parametrize("tower", OTHER_TOWERS)
-def test_a_tower_that_is_no_clip(family, tower, tmp_path):
-    message = f"'vision_config' is of the type '{tower}', but must be 'clip_vision_model'.*'{family.name}' checkpoint"
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_of_another_type(family, tower, tmp_path):
+    right = family.config_class.tower_type
+    if tower == right:
+        return
+    message = f"'vision_config' is of the type '{tower}', but must be '{right}'.*'{family.name}' checkpoint"
     with pytest.raises(ValueError, match=message):
         family.config_class(vision_config={"model_type": tower})
     config = tiny_config(family.stock_config_class).to_dict()
@@ -29,18 +35,20 @@ def test_a_tower_that_is_no_clip(family, tower, tmp_path):
 
 @EVERY_FAMILY
 def test_a_tower_that_is_set_later(family):
-    config = family.config()
-    with pytest.raises(ValueError, match="'siglip_vision_model', but must be 'clip_vision_model'"):
-        config.vision_config = SiglipVisionConfig()
-    config.vision_config = CLIPVisionConfig(patch_size=PATCH_SIZE)
+    config, right = family.config(), family.config_class.tower_type
+    wrong = SIGLIP if right == CLIP else CLIP
+    with pytest.raises(ValueError, match=f"'{wrong}', but must be '{right}'"):
+        config.vision_config = CONFIG_MAPPING[wrong]()
+    config.vision_config = CONFIG_MAPPING[right](patch_size=PATCH_SIZE)
     assert config.vision_config.patch_size == PATCH_SIZE
 
 
 @EVERY_FAMILY
-def test_a_tower_without_a_type_is_clip(family):
+def test_a_tower_without_a_type_is_that_of_the_family(family):
     """As in the stock class."""
     config = family.config_class(vision_config={"hidden_size": 16, "num_attention_heads": 2})
-    assert config.vision_config.model_type == "clip_vision_model" and config.vision_config.hidden_size == 16
+    assert config.vision_config.model_type == family.config_class.tower_type
+    assert config.vision_config.hidden_size == 16
 
 
 def test_an_export_of_a_base_with_another_tower(tmp_path):
@@ -55,11 +63,25 @@ def test_an_export_of_a_base_with_another_tower(tmp_path):
     assert leftovers(tmp_path) == ["base"]
 
 
-@pytest.mark.parametrize("method", MERGING)
-def test_a_method_that_merges_where_cls_is_a_token(method, tmp_path):
+REFUSED = [
+    (family, method) for family in FAMILIES if not family.config_class.can_merge_in_encoder for method in MERGING
+]
+REFUSED += [
+    (family, name)
+    for family in FAMILIES
+    if family.config_class.tower_type != CLIP
+    for name, method in METHODS.items()
+    if method.required_signals & CLS_SIGNALS
+]
+
+
+@pytest.mark.parametrize("family, method", REFUSED, ids=lambda value: getattr(value, "name", value))
+def test_a_method_that_needs_what_the_tower_cannot_give(family, method, tmp_path):
     """Wherever it is configured; a block by itself is of no family, so that there the next call refuses it."""
-    family = next(family for family in FAMILIES if not family.config_class.can_merge_in_encoder)
-    message = f"method='{method}' merges tokens inside the vision encoder.*'video_llava': CLS of each frame"
+    if method in MERGING:
+        message = f"method='{method}' merges tokens inside the vision encoder.*'{family.name}': .*CLS"
+    else:
+        message = f"method='{method}' needs the attention of CLS.*'{family.name}', a '{SIGLIP}', has no CLS"
     config, model = family.config(), family.model(keep_ratio=0.3)
     config.save_pretrained(tmp_path)
     inputs = family.inputs(family.processor(keep_ratio=0.3), 0)
@@ -77,7 +99,7 @@ def test_a_method_that_merges_where_cls_is_a_token(method, tmp_path):
     assert config.pruning.method == "rediprune"
     (tmp_path / "base").mkdir()
     base = family.save_stock_checkpoint(tmp_path / "base")
-    assert f"method='{method}' merges" in refused(base, "--method", method, "--output", tmp_path / "variant")
+    assert f"method='{method}' " in refused(base, "--method", method, "--output", tmp_path / "variant")
     assert not (tmp_path / "variant").exists()
 
 
@@ -89,5 +111,14 @@ def test_a_block_of_another_family_is_not_bound_to_this_one():
         if family in takes:
             assert family.config(pruning=block).pruning.method == MERGING[0]
         else:
-            with pytest.raises(ValueError, match="CLS of each frame"):
+            with pytest.raises(ValueError, match="merges tokens inside the vision encoder"):
                 family.config(pruning=block)
+
+
+def test_no_joint_space_with_the_text_of_a_clip(tmp_path):
+    """A SigLIP tower was not made from the CLIP that `text_tower` names."""
+    (family,) = [family for family in FAMILIES if family.config_class.tower_type != CLIP]
+    block = {"method": "cdpruner", "text_tower": "openai/clip-vit-large-patch14-336"}
+    for configure in (lambda: family.config(pruning=block), lambda: family.processor(**block)):
+        with pytest.raises(ValueError, match="'text_tower' is 'openai.*'llava_onevision'.*no joint space"):
+            configure()

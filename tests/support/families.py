@@ -13,6 +13,7 @@ from tiny import (
     CHAT_TEMPLATE,
     IMAGE_SIZE,
     PATCH_SIZE,
+    PATCHES,
     PINPOINTS,
     public_name,
     random_image,
@@ -60,7 +61,18 @@ class Family:
         return next(cls for cls in self.processor_class.__mro__ if cls.__module__.startswith("transformers."))
 
     @property
+    def tiles_images(self):
+        return "next" in self.name or self.lists_images
+
+    @property
+    def lists_images(self):
+        """Whether images are given in lists, one for each prompt, since it counts how many are in one."""
+        return self.name == "llava_onevision"
+
+    @property
     def image_processor_class(self):
+        if self.lists_images:
+            return transformers.LlavaOnevisionImageProcessor
         if "next" in self.name:
             return transformers.LlavaNextImageProcessor
         return transformers.VideoLlavaImageProcessor if self.name == "video_llava" else transformers.CLIPImageProcessor
@@ -69,6 +81,8 @@ class Family:
     def video_processor_class(self):
         if self.name == "video_llava":
             return transformers.VideoLlavaVideoProcessor
+        if self.name == "llava_onevision":
+            return transformers.LlavaOnevisionVideoProcessor
         return transformers.LlavaNextVideoVideoProcessor
 
     # -- builders
@@ -100,14 +114,13 @@ class Family:
         if "video" in self.kinds:
             parts["video_processor"] = self._video_processor(size)
         options = {"pruning": pruning} if cls is None else {}
-        return (cls or self.processor_class)(
-            **parts,
-            chat_template=CHAT_TEMPLATE,
-            patch_size=PATCH_SIZE,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-            **options,
-        )
+        if self.name == "llava_onevision":
+            options |= {"num_image_tokens": PATCHES, "vision_feature_select_strategy": "full"}
+            options |= {"vision_aspect_ratio": self.config().vision_aspect_ratio}
+        else:
+            options |= {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": "default"}
+            options |= {"num_additional_image_tokens": 1}
+        return (cls or self.processor_class)(**parts, chat_template=CHAT_TEMPLATE, **options)
 
     def stock_processor(self):
         """The stock class around the same parts; 4.57 takes a tokenizer of Llama's class alone."""
@@ -115,7 +128,9 @@ class Family:
         return self.processor(type(stock.__name__, (stock,), {"tokenizer_class": "AutoTokenizer"}))
 
     def _image_processor(self, size):
-        pinpoints = {"image_grid_pinpoints": PINPOINTS} if "next" in self.name else {}
+        pinpoints = {"image_grid_pinpoints": PINPOINTS} if self.tiles_images else {}
+        if self.name == "llava_onevision":
+            return self.image_processor_class(size=size, **pinpoints)
         return self.image_processor_class(size={"shortest_edge": IMAGE_SIZE}, crop_size=size, **pinpoints)
 
     def _video_processor(self, size):
@@ -148,6 +163,8 @@ class Family:
 
     def inputs(self, processor, index, **kwargs):
         text, media = self.prompts()[index]
+        if self.lists_images and "images" in media:
+            media = {**media, "images": [media["images"]]}
         return processor(text=text, **media, **kwargs)
 
     def batch(self, processor, **kwargs):
@@ -157,6 +174,10 @@ class Family:
         for _, of_row in prompts:
             for kind, items in of_row.items():
                 media[kind] += items
+        if self.lists_images:
+            rows = [of_row.get("images", []) for _, of_row in prompts]
+            # The stock class of 4.57 miscounts where a row has none.
+            media["images"] = rows if isinstance(processor, self.processor_class) else [row for row in rows if row]
         media = {kind: items for kind, items in media.items() if items}
         return processor(text=[text for text, _ in prompts], **media, padding=True, **kwargs)
 
@@ -165,6 +186,7 @@ FAMILIES = [
     Family("llava", ("image",)),
     Family("llava_next", ("image",)),
     Family("llava_next_video", ("image", "video")),
+    Family("llava_onevision", ("image", "video")),
     Family("video_llava", ("image", "video")),
 ]
 

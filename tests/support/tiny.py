@@ -19,6 +19,8 @@ from transformers import (
     LlavaNextVideoProcessor,
     LlavaNextVideoVideoProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 IMAGE_SIZE, PATCH_SIZE = 32, 4
@@ -35,6 +37,14 @@ TEXT_SIZES = dict(  # of the language models
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
+)
+VISION_SIZES = dict(
+    image_size=IMAGE_SIZE,
+    patch_size=PATCH_SIZE,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
 )
 WORDS = (
     "USER : ASSISTANT what colour is the star ? where which way does it move red blue left right top how many".split()
@@ -101,20 +111,17 @@ def stock_processor():
 def tiny_config(cls=None, **kwargs):
     from rediprune.configuration_rediprune import ReDiPruneConfig
 
-    vision = CLIPVisionConfig(
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-    )
+    vision = CLIPVisionConfig(**VISION_SIZES)
     text = LlamaConfig(**TEXT_SIZES, max_position_embeddings=2048)
     cls = cls or ReDiPruneConfig
     of_type = cls.base_model_type if hasattr(cls, "base_model_type") else cls.model_type
-    if "video" in of_type:
+    if of_type == "llava_onevision":
+        vision = SiglipVisionConfig(**VISION_SIZES, vision_use_head=False)
+        text = Qwen2Config(**TEXT_SIZES, max_position_embeddings=2048)
+        kwargs = {"vision_aspect_ratio": "anyres_max_2", **kwargs}
+    if "video" in of_type or "onevision" in of_type:
         kwargs["video_token_index"] = SPECIALS.index("<video>")
-    if "next" in of_type:
+    if "next" in of_type or "onevision" in of_type:
         kwargs["image_grid_pinpoints"] = PINPOINTS
     return cls(
         vision_config=vision,
