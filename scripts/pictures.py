@@ -1,7 +1,5 @@
 """The media of a prompt as the model sees them: one picture for each frame, image or view, beside the grid of its tokens."""
 
-from importlib import import_module
-
 import numpy as np
 import torch
 
@@ -23,7 +21,6 @@ def pictures_of(model, processor, inputs, layouts) -> list:
         for each layout a list of (label, uint8 (height, width, 3)); tiles of an image that has no token of them are empty.
     """
     pixels = {kind: iter(() if values is None else values) for kind, values in pixels_of(inputs).items()}
-    sizes = iter(inputs["image_sizes"].tolist() if "image_sizes" in inputs else ())
     several, found = sum(layout.kind == "image" for layout in layouts) > 1, []
     for number, layout in enumerate(layouts, 1):
         views = to_pictures(next(pixels[layout.kind]), getattr(processor, f"{layout.kind}_processor"))
@@ -34,7 +31,7 @@ def pictures_of(model, processor, inputs, layouts) -> list:
             found.append([(name, views[0])])
         else:
             name = f"{name}, " if several else ""
-            tiles = untile(model, views[1:], next(sizes))
+            tiles = untile(model, views[1:], layout.crop)
             found.append([(f"{name}base view", views[0]), (f"{name}tiles", tiles)])
     return found
 
@@ -61,11 +58,9 @@ def to_pictures(pixels: torch.Tensor, preprocessing) -> list:
     return list((pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy())
 
 
-def untile(model, tiles: list, image_size) -> np.ndarray:
+def untile(model, tiles: list, crop) -> np.ndarray:
     """The tiles of an image put together, without their padding."""
-    frame, patch = model.frame_size, model.config.vision_config.patch_size
-    layout = import_module(type(model).layout_class.__module__)
-    crop = layout.crop_of_tiles(image_size, frame.pinpoints, frame.pixels, frame.side)
+    patch = model.config.vision_config.patch_size
     rows = [np.concatenate(tiles[r * crop.columns : (r + 1) * crop.columns], axis=1) for r in range(crop.rows)]
     whole = np.concatenate(rows)
     top, left, height, width = (patch * value for value in crop[2:])

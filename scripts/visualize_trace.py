@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from media import chat_prompt, process
 from pictures import PIXELS, patches_of, pictures_of, pixels_of
+from repository import code_module
 
 # What a method may look at, beside the features themselves, and how a caption calls it; of several the first is shown.
 LOOKS = {
@@ -114,7 +115,7 @@ class PreparedMedia:
     def __init__(self, args, model, processor, media: dict):
         self.model, self.processor, self.media = model, processor, media
         inputs = process(args, processor, media, "?", keep_ratio=1.0)
-        names = (*sum(PIXELS.values(), ()), "image_sizes")
+        names = (*sum(PIXELS.values(), ()), "image_sizes", "batch_num_images")
         self.pixels = {name: inputs[name] for name in names if name in inputs}
         self.on_device = {
             name: values.to(model.device, model.dtype if values.is_floating_point() else None)
@@ -141,8 +142,9 @@ class PreparedMedia:
 
     def panels(self) -> list:
         """The pictures as the model sees them."""
-        pixels, sizes = pixels_of(self.pixels), self.pixels.get("image_sizes")
-        layouts = self.model.layouts_of(pixels, sizes, self.processor.pruning)
+        sizes, numbers = self.pixels.get("image_sizes"), self.pixels.get("batch_num_images")
+        sizes = code_module("core_layout").sizes_of_tiled(sizes, numbers)
+        layouts = self.model.layouts_of(pixels_of(self.pixels), sizes, self.processor.pruning)
         of_items = pictures_of(self.model, self.processor, self.pixels, layouts)
         return [Panel(label, picture) for pictures in of_items for label, picture in pictures]
 

@@ -13,6 +13,7 @@ from pictures import patches_of, pictures_of
 from PIL import Image
 from places import ROOT
 from repository import FeatureMemory
+from tiny import IMAGE_SIZE, PATCH_SIZE
 from visualize_trace import PreparedMedia, ratio_grid, trace
 
 MEDIA = {"image": "image-1.png", "video": "video-1.mp4"}
@@ -39,7 +40,9 @@ def test_an_overlay_shows_every_kept_patch(family, kind, tmp_path):
     grids = [grid for grid in item.layout.grids for _ in range(grid.frames)]
     for (_, picture), grid, patches in zip(pictures, grids, patches_of(item.layout), strict=True):
         assert len(patches) == grid.height * grid.width
-        assert picture.dtype == np.uint8 and picture.shape[:2] == (4 * grid.height, 4 * grid.width) or grid.height == 4
+        crop = item.layout.crop if grid is item.layout.grids[-1] else None
+        size = (IMAGE_SIZE, IMAGE_SIZE) if crop is None else (PATCH_SIZE * crop.height, PATCH_SIZE * crop.width)
+        assert picture.dtype == np.uint8 and picture.shape[:2] == size
     draw_overlay(model, processor, inputs, "caption", tmp_path / "kept.png")
     assert Image.open(tmp_path / "kept.png").size[0] > 200
 
