@@ -11,6 +11,7 @@ Examples:
     python scripts/benchmark.py --shape llava-next-video-7b --layers 2 --vision-layers 6 --ratios 0.15 0.1 --repeats 3
     python scripts/benchmark.py --shape llava-next-video-7b --device cuda --frames 8 16 --video-pooling true false
     python scripts/benchmark.py --shape llava-1.5-7b --device cuda
+    python scripts/benchmark.py --shape llava-onevision-7b --device cuda --frames 32
     python scripts/benchmark.py --selection --threads 2 --output docs/results/selection
     python scripts/benchmark.py --from runs/tiny.json --output runs/tiny --plots
 """
@@ -65,7 +66,7 @@ def parse_arguments():
         "--video-pooling",
         nargs="+",
         type=json_or_string,
-        help="true and/or false (default: true, or as the shape says)",
+        help="true and/or false (default: true)",
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes (default: %(default)s)")
     parser.add_argument("--text", type=int, default=60, help="text tokens of the prompt (default: %(default)s)")
@@ -90,14 +91,11 @@ def check_arguments(args) -> None:
     shape = shape_of(args.shape) if args.shape else None
     if (args.layers or args.vision_layers) and not shape:
         fail("--layers and --vision-layers cut a --shape; a checkpoint has the layers that it has")
-    defaults = (shape.frames, shape.video_pooling) if shape else ((8,), (True,))
+    defaults = (shape.frames if shape else (8,), (True,))
     given = (args.frames, args.video_pooling)
     args.frames, args.video_pooling = (list(value or default) for default, value in zip(defaults, given))
     if shape and shape.fixed and (tuple(args.frames), tuple(args.video_pooling)) != defaults:
-        fail(
-            f"--shape {args.shape} is one picture: it goes with --frames {shape.frames[0]} --video-pooling "
-            f"{json.dumps(shape.video_pooling[0])}"
-        )
+        fail(f"--shape {args.shape} is one image: it goes with --frames {shape.frames[0]} --video-pooling true")
     known = [name for name in code_module("methods_registry").METHODS if name != "none"]
     for method in args.methods:
         if method not in known:
@@ -334,6 +332,7 @@ def benchmark_model(args) -> dict:
         "kind": "model",
         "command": command_line(),
         "model": title,
+        "medium": "video" if model.config.takes_videos else "image",
         "layers": {
             "language": layers[0],
             "language_of": shape.layers if shape else layers[0],

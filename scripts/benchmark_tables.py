@@ -101,9 +101,11 @@ def heading(report: dict, title: str) -> list:
     ]
 
 
-def setting(row: dict) -> list:
+def setting(row: dict, report: dict) -> list:
     name = row["method"] if row["method"] == "unpruned" else f"{row['method']} {row['keep_ratio']:g}"
     frames = f"{row['frames']}, {'pooled' if row['video_pooling'] else 'unpooled'}"
+    if report.get("medium") == "image":
+        frames = "one image"
     return [name, frames, str(row["batch"])]
 
 
@@ -180,7 +182,7 @@ def model_tables(report: dict) -> list:
     columns = [*COLUMNS, *again]
     header = [*names, *(f"{name} a token" if name == "decode" else name for name in columns), "answers a second"]
     lines += table(header, [
-        [*setting(row), *(milliseconds(ratios["seconds"][name]) for name in columns), f"{ratios['answers_per_second']:.3g}"]
+        [*setting(row, report), *(milliseconds(ratios["seconds"][name]) for name in columns), f"{ratios['answers_per_second']:.3g}"]
         for row, ratios in measured
     ])  # fmt: skip
     lines += [
@@ -197,7 +199,7 @@ def model_tables(report: dict) -> list:
     if scaled:
         header.append(f"end to end, scaled to {layers['language_of']} layers")
     lines += table(header, [
-        [*setting(row), str(row["visual_tokens"]), *_savings(ratios, scaled)] for row, ratios in measured
+        [*setting(row, report), str(row["visual_tokens"]), *_savings(ratios, scaled)] for row, ratios in measured
     ])  # fmt: skip
     lines += [
         "",
@@ -215,7 +217,7 @@ def model_tables(report: dict) -> list:
     header += ["KV cache (MB)", "peak beyond weights (MB)"]
     lines += table(header, [
         [
-            *setting(row),
+            *setting(row, report),
             *(short(row["operations"].get(stage, 0) / 1e9) for stage in stages),
             short(row["paper_prefill_multiply_adds"] / 1e9),
             short(row["kv_cache_bytes"] / 1e6),
@@ -226,7 +228,12 @@ def model_tables(report: dict) -> list:
     lines += ["", "Operations up to the first token, two for a multiply-add; the KV cache after it."]
     failed = [row for row in report["rows"] if row["error"] is not None]
     if failed:
-        lines += ["", "## Not measured", "", *table([*names, "why"], [[*setting(row), row["error"]] for row in failed])]
+        lines += [
+            "",
+            "## Not measured",
+            "",
+            *table([*names, "why"], [[*setting(row, report), row["error"]] for row in failed]),
+        ]
     return lines
 
 

@@ -196,8 +196,8 @@ def test_a_prompt_that_is_too_long_is_a_row(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--shape", "llava-70b"], "--shape llava-70b: no such shape; choose one of llava-next-video-7b, llava-1.5-7b"),
-    (["--shape", "llava-1.5-7b", "--frames", 8], "--shape llava-1.5-7b is one picture: it goes with --frames 1"),
+    (["--shape", "llava-70b"], "--shape llava-70b: no such shape; choose one of llava-next-video-7b, llava-1.5-7b, llava"),
+    (["--shape", "llava-1.5-7b", "--frames", 8], "--shape llava-1.5-7b is one image: it goes with --frames 1"),
     (["--shape", "llava-1.5-7b", "--model", "me/mine"], "does not go with --model me/mine"),
     (["--layers", 2], "--layers and --vision-layers cut a --shape"),
     (["--shape", "llava-next-video-7b", "--layers", 0], "--layers 0: must be at least 1"),
@@ -323,6 +323,21 @@ def test_shapes():
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(7.06e9, rel=1e-3)
     cut = shape_config(SHAPES["llava-1.5-7b"], layers=3, vision_layers=2)
     assert (cut.text_config.num_hidden_layers, cut.vision_config.num_hidden_layers) == (3, 2)
+    assert [SHAPES[name].family for name in SHAPES] == ["llava_next_video", "llava", "llava_onevision"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_is_measured_with_a_medium_that_it_takes(family, monkeypatch, capsys):
+    model = family.model(keep_ratio=0.25)
+    monkeypatch.setattr(benchmark, "open_model", lambda args: (model, "tiny"))
+    call(monkeypatch, *QUICK, "--ratios", 0.25, "--json")
+    report = json.loads(capsys.readouterr().out)
+    unpruned, pruned = report["rows"]
+    if family.name == "llava_next":
+        assert "cuts its images into tiles" in pruned["error"]
+        return
+    assert report["medium"] == family.kinds[-1] and pruned["visual_tokens"] < unpruned["visual_tokens"] / 3
+    assert ("one image" in markdown(report)) == (family.name == "llava")
 
 
 def test_a_random_model_runs():
