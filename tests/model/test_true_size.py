@@ -17,11 +17,22 @@ COUNTS = {
     # The base view, and tiles of 36x48 unpadded tokens, whose rows end with newlines where nothing is pruned.
     "llava_next": {"image": [576 + 36 * 48 + 36, 86 + 259, 58 + 173]},
     "llava_next_video": {"image": [576 + 36 * 48 + 36, 86 + 259, 58 + 173], "video": [8 * 144, 8 * 22, 8 * 14]},
+    # Tiles of 40x54 unpadded tokens; frames pooled from 27x27 to 14x14, and a newline.
+    "llava_onevision": {"image": [729 + 40 * 54 + 40, 109 + 324, 73 + 216], "video": [8 * 196 + 1, 8 * 29, 8 * 20]},
     "video_llava": {"image": [256, 38, 26], "video": [8 * 257, 8 * 39, 8 * 26]},  # 257: with CLS
 }
-# Tokens that the language model gets in the runs of `true_size.py`; the last of LLaVA-NeXT-Video is without pooling.
-RUNS = {"llava": [58], "llava_next": [231], "llava_next_video": [345, 8 * 22, 8 * 86], "video_llava": [26, 8 * 26]}
-TOKENS = {"llava_next_video": [32001, 32000]}
+# Tokens that the language model gets in the runs of `true_size.py`; the third of a family is without pooling.
+RUNS = {
+    "llava": [58],
+    "llava_next": [231],
+    "llava_next_video": [345, 8 * 22, 8 * 86],
+    "llava_onevision": [73 + 216, 8 * 29, 8 * 73],
+    "video_llava": [26, 8 * 26],
+}
+# What the projector sees, where that is not what is kept: LLaVA-OneVision pools frames behind it.
+PROJECTED = {"llava_onevision": [73 + 216, 8 * 729, 8 * 73]}
+TOKENS = {"llava_next_video": [32001, 32000], "llava_onevision": [151646, 151647]}
+VOCABULARY = {"llava_onevision": 152064}
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
@@ -46,10 +57,10 @@ def test_placeholders(family, report):
 
 def test_kept_tokens(family, report):
     assert [run["placeholders"] for run in report["runs"]] == RUNS[family.name]
+    assert [run["projected"] for run in report["runs"]] == PROJECTED.get(family.name, RUNS[family.name])
     for run in report["runs"]:
         assert run["kept"] == [run["placeholders"]]
-        assert run["projected"] == run["placeholders"]  # the projector sees nothing else
-        assert run["logits"] == [1, 1, 32064] and run["finite"]
+        assert run["logits"] == [1, 1, VOCABULARY.get(family.name, 32064)] and run["finite"]
 
 
 def test_vocabulary(family, report):

@@ -30,6 +30,7 @@ RUNS = {
         ("video", 0.15, {}),
         ("video", 0.15, {"video_pooling": False}),
     ],
+    "llava_onevision": [("image", 0.1, {}), ("video", 0.15, {}), ("video", 0.1, {"video_pooling": False})],
     "video_llava": [("image", 0.1, {}), ("video", 0.1, {})],
 }
 TOKENS = {
@@ -40,9 +41,11 @@ TOKENS = {
 
 def build_config(family):
     """The published sizes, the language model cut to two layers."""
+    for shape in SHAPES.values():
+        if shape.family == family.name:
+            # SigLIP alone would take minutes.
+            return shape_config(shape, layers=2, vision_layers=4 if shape.vision == "siglip" else None)
     config = shape_config(SHAPES["llava-next-video-7b"], layers=2)
-    if family.name == "llava_next_video":
-        return config
     parts = {"text_config": config.text_config, "vision_config": config.vision_config}
     if family.name == "video_llava":
         parts["vision_config"].image_size = 224
@@ -60,9 +63,13 @@ def build_processor(family, config):
     side = config.vision_config.image_size
     options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     pinpoints = {"image_grid_pinpoints": PINPOINTS} if "next" in family.name else {}
+    sizes = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    if family.name == "llava_onevision":
+        options, sizes = {"size": options["crop_size"]}, {"vision_feature_select_strategy": "full"}
     parts = {"image_processor": family.image_processor_class(**options, **pinpoints)}
     if "video" in family.kinds:
-        parts["video_processor"] = family.video_processor_class(**options, do_center_crop=True)
+        crop = {"do_center_crop": True} if "crop_size" in options else {}
+        parts["video_processor"] = family.video_processor_class(**options, **crop)
     return family.processor_class(
         **parts,
         tokenizer=PreTrainedTokenizerFast(
@@ -70,9 +77,7 @@ def build_processor(family, config):
             unk_token="<unk>",
             additional_special_tokens=[f"<{kind}>" for kind in family.kinds],
         ),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        **sizes,
     )
 
 
