@@ -9,6 +9,8 @@ from transformers import (
     LlavaNextVideoConfig,
     LlavaOnevisionConfig,
     SiglipVisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
     VideoLlavaConfig,
 )
 
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from .methods_distance import ReDiPrune  # noqa: F401
     from .methods_encoder import EvoPrune  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
-    from .methods_still import HoliTom  # noqa: F401
-    from .methods_video import VidCom2  # noqa: F401
+    from .methods_still import STILL_WEIGHT  # noqa: F401
+    from .methods_video import LEAST_SEGMENTS  # noqa: F401
     from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
     from .ops_relevance import RELEVANCES  # noqa: F401
     from .ops_selection import CANDIDATE_POOLS  # noqa: F401
@@ -72,6 +74,7 @@ class PrunedConfigMixin:
         model_class, model_file, processor_class: names of the classes that load with it, and of the file of the model's.
         can_merge_in_encoder, cannot_merge_because: whether methods that merge in the vision encoder work, and why not.
         tower_type: the `model_type` of its vision tower; one that is no CLIP has neither CLS nor CLIP's joint space.
+        positions_have_gaps: whether tokens at original positions leave gaps that attention can see.
     """
 
     base_model_type = model_class = processor_class = ""
@@ -80,6 +83,7 @@ class PrunedConfigMixin:
     trained_frames = None
     can_merge_in_encoder, cannot_merge_because = True, ""
     tower_type = CLIPVisionConfig.model_type
+    positions_have_gaps = True
 
     def __init__(self, *args, pruning=None, weights_from=None, weights_revision=None, **kwargs):
         kwargs.pop("model_type", None)  # the stock one, in the config.json of a stock checkpoint
@@ -283,6 +287,68 @@ class ReDiPruneLlavaOnevisionConfig(PrunedConfigMixin, LlavaOnevisionConfig):
         super().__init__(*args, **kwargs)
 
 
+class QwenConfigMixin(PrunedConfigMixin):
+    """Of the Qwen models, whose towers have no CLS, and whose positions have three numbers (M-RoPE)."""
+
+    model_file = "modeling_rediprune_qwen"
+    takes_videos = True
+    can_merge_in_encoder = False
+    cannot_merge_because = "its tower merges squares of patches and attends in windows, and has no CLS"
+    positions_have_gaps = False
+
+    @classmethod
+    def check_tower(cls, vision_config):
+        pass  # the stock config takes its own tower alone
+
+    @classmethod
+    def check_method(cls, pruning):
+        super().check_method(pruning)
+        if pruning.positions not in (None, "original"):
+            raise ValueError(
+                f"pruning key 'positions' is {pruning.positions!r}, but positions of {cls.base_model_type!r} are the coordinates of a token "
+                "in its picture, which are never moved. Leave it at None, or set it to 'original'."
+            )
+
+
+class ReDiPruneQwen2_5_VLConfig(QwenConfigMixin, Qwen2_5_VLConfig):
+    """Qwen2.5-VL's config with a pruning block ([`PrunedConfigMixin`])."""
+
+    model_type = "rediprune_qwen2_5_vl"
+    base_model_type = Qwen2_5_VLConfig.model_type
+    model_class = "ReDiPruneQwen2_5_VLForConditionalGeneration"
+    processor_class = "ReDiPruneQwen2_5_VLProcessor"
+    video_processor = "Qwen2VLVideoProcessor"
+    tower_type = Qwen2_5_VLConfig.sub_configs["vision_config"].model_type
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class ReDiPruneQwen3VLConfig(QwenConfigMixin, Qwen3VLConfig):
+    """Qwen3-VL's config with a pruning block ([`PrunedConfigMixin`])."""
+
+    model_type = "rediprune_qwen3_vl"
+    base_model_type = Qwen3VLConfig.model_type
+    model_class = "ReDiPruneQwen3VLForConditionalGeneration"
+    processor_class = "ReDiPruneQwen3VLProcessor"
+    video_processor = "Qwen3VLVideoProcessor"
+    tower_type = Qwen3VLConfig.sub_configs["vision_config"].model_type
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def check_method(cls, pruning):
+        super().check_method(pruning)
+        scope = pruning.resolved("scope")
+        if pruning.prunes and scope != "frame":
+            raise ValueError(
+                f"scope={scope!r}, which is the method's own where the key is None, shares a budget between the frames of a video, "
+                f"but in a prompt of {cls.base_model_type!r} a timestamp stands before the placeholders of each frame, so that "
+                "their number cannot depend on what is seen. Set scope to 'frame'."
+            )
+
+
 # Every family, by the `model_type` of the checkpoints that its variants are made from.
 CONFIGS = {
     cls.base_model_type: cls
@@ -292,6 +358,8 @@ CONFIGS = {
         ReDiPruneLlavaNextConfig,
         ReDiPruneLlavaOnevisionConfig,
         ReDiPruneVideoLlavaConfig,
+        ReDiPruneQwen2_5_VLConfig,
+        ReDiPruneQwen3VLConfig,
     )
 }
 

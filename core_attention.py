@@ -55,12 +55,13 @@ def _causal_mask(padding: Optional[torch.Tensor], tokens: torch.Tensor, cache, c
     return visible.expand(len(tokens), -1, -1, -1)
 
 
-def check_attention(text_config, pruning) -> None:
+def check_attention(config, pruning) -> None:
     """Raises ValueError where the attention of the language model cannot do what the pruning block of a call asks for."""
     # Read where it is used: flash attention takes gaps between positions for the borders of packed sequences.
+    text_config = config.text_config
     attention = text_config._attn_implementation or ""
     positions = pruning.resolved("positions")
-    if positions != "compact" and "flash" in attention:
+    if config.positions_have_gaps and positions != "compact" and "flash" in attention:
         raise ValueError(
             f"positions={positions!r} does not work with attn_implementation={attention!r}, which reads gaps between "
             "positions as packed sequences; load the model with attn_implementation='sdpa'."

@@ -9,11 +9,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .core_cache import TokenRecord, cached_tokens, one_cache
 from .core_encoded import EncodedMedia
-from .core_items import place_items, tokens_by_place
+from .core_items import MediaSizes, place_items, tokens_by_place
 from .core_language import LanguageForwardMixin
 from .core_layout import sizes_of_tiled
 from .core_media import MediaStagesMixin
-from .core_positions import check_context, unpruned_columns
+from .core_positions import check_context
 from .core_question import Question, check_masks, question_mask
 from .hub_versions import CACHE_NAME
 
@@ -74,6 +74,10 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         word_input_ids: Optional[torch.LongTensor] = None,
         batch_num_images: Optional[torch.LongTensor] = None,
         encoded_media: Optional[EncodedMedia] = None,
+        image_grid_thw: Optional[torch.LongTensor] = None,
+        video_grid_thw: Optional[torch.LongTensor] = None,
+        second_per_grid_ts: Optional[torch.Tensor] = None,
+        mm_token_type_ids: Optional[torch.LongTensor] = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
         """
@@ -91,6 +95,9 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
             batch_num_images (`torch.LongTensor` of shape `(prompts,)`, *optional*): how many images each prompt that has some
                 holds, for LLaVA-OneVision, as the processor returned them.
             encoded_media ([`EncodedMedia`], *optional*): what `encode_media` returned, instead of pixels.
+            image_grid_thw, video_grid_thw (`torch.LongTensor` of shape `(items, 3)`, *optional*): the grids of patches of models
+                whose media have their own sizes, and `second_per_grid_ts` how long each step of a video's grid lasts.
+            mm_token_type_ids: not read; where media are is told by `input_ids`.
             past_key_values: the cache, as it is called before transformers 5.24; `cache` is the same argument by its new name.
                 Both work with every version.
             pixel_values_images: `pixel_values`, as transformers 4.57 calls them in Video-LLaVA.
@@ -120,20 +127,28 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
             self.refuse_empty_placeholders(prompt, cache, query_mask, kwargs)
             return self.output_class(**self.run_language_model(prompt, attention_mask, position_ids, stock))
 
+        image_sizes = sizes_of_tiled(image_sizes, batch_num_images)
+        sizes = MediaSizes(image_sizes, image_grid_thw, video_grid_thw, second_per_grid_ts)
         tower = {
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
         if encoded_media is not None:
-            self.check_encoded(encoded_media, pixels, image_sizes, pruning, **tower)
-        image_sizes = sizes_of_tiled(image_sizes, batch_num_images)
-        self.check_media(pixels, image_sizes)
+            self.check_encoded(encoded_media, pixels, sizes, pruning, **tower)
+        self.check_media(pixels, sizes)
         masks = self.placeholder_masks(**prompt)
         check_masks(masks["image"].shape, cached_tokens(cache), attention_mask, query_mask)
-        items = place_items(self.layouts_of(pixels, image_sizes, pruning, encoded_media), masks, pruning)
+        items = place_items(self.layouts_of(pixels, sizes, pruning, encoded_media), masks, pruning)
         if not pruning.prunes and pruning.video_pooling and encoded_media is None:
-            prompt |= self.stock_pixels(pixels, image_sizes) | tower
-            return self.output_class(**self.run_language_model(prompt, attention_mask, position_ids, stock))
+            prompt |= self.stock_pixels(pixels, sizes) | tower
+            outputs = self.run_language_model(
+                prompt,
+                attention_mask,
+                position_ids,
+                stock,
+                *self.place_in_unpruned(pruning, masks, items, attention_mask, cache),
+            )
+            return self.output_class(**outputs)
 
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         is_question = question_mask(masks["image"] | masks["video"], attention_mask, labels, query_mask)
@@ -151,18 +166,12 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
                 where = mask[..., None].expand_as(embeds).to(embeds.device)
                 embeds = embeds.masked_scatter(where, projected.to(embeds))
 
-        columns = record = None
-        if pruning.prunes and pruning.resolved("positions") != "compact":
-            columns, skipped = unpruned_columns(masks, items)
-            if pruning.resolved("positions") == "scaled":
-                columns, skipped = self.scaled_columns(columns, skipped, attention_mask, cache)
-            record = TokenRecord(None, skipped.float())
+        record, shift = self.place_in_unpruned(pruning, masks, items, attention_mask, cache)
         if pruning.prunes and pruning.resolved("proportional_attention"):
             sizes = tokens_by_place(items, masks, "token_sizes", 1.0)
             record = TokenRecord(sizes, torch.zeros_like(sizes) if record is None else record.skipped)
-        outputs = self.run_language_model(
-            {"inputs_embeds": embeds}, attention_mask, position_ids, stock, record, columns
-        )
+        prompt = {"inputs_embeds": embeds, **self.companions_by_place(items, masks)}
+        outputs = self.run_language_model(prompt, attention_mask, position_ids, stock, record, shift)
         kept = {kind: tuple(item.kept for item in items if item.kind == kind) or None for kind in masks}
         return self.output_class(**outputs, image_kept_indices=kept["image"], video_kept_indices=kept["video"])
 
@@ -182,6 +191,8 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         word_input_ids: Optional[torch.LongTensor] = None,
         batch_num_images: Optional[torch.LongTensor] = None,
         encoded_media: Optional[EncodedMedia] = None,
+        image_grid_thw: Optional[torch.LongTensor] = None,
+        video_grid_thw: Optional[torch.LongTensor] = None,
         return_signals: bool = False,
         **kwargs,
     ) -> list:
@@ -196,13 +207,13 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         """
         pruning = self.pruning_of_call(keep_ratio, keep_tokens)
         pixels = {"image": pixel_values_images if pixel_values is None else pixel_values, "video": pixel_values_videos}
+        sizes = MediaSizes(sizes_of_tiled(image_sizes, batch_num_images), image_grid_thw, video_grid_thw)
         if encoded_media is not None:
-            self.check_encoded(encoded_media, pixels, image_sizes, pruning)
-        image_sizes = sizes_of_tiled(image_sizes, batch_num_images)
-        self.check_media(pixels, image_sizes)
+            self.check_encoded(encoded_media, pixels, sizes, pruning)
+        self.check_media(pixels, sizes)
         masks = self.placeholder_masks(input_ids)
         check_masks(masks["image"].shape, 0, attention_mask)
-        items = place_items(self.layouts_of(pixels, image_sizes, pruning, encoded_media), masks, pruning)
+        items = place_items(self.layouts_of(pixels, sizes, pruning, encoded_media), masks, pruning)
         embeds = self.get_input_embeddings()(input_ids)
         is_question = question_mask(masks["image"] | masks["video"], attention_mask)
         question = self._question(

@@ -7,13 +7,22 @@ import torch.nn.functional as F
 from transformers import StaticCache
 
 from .core_cache import cached_tokens, one_cache
-from .core_items import expanded_order, place_items
+from .core_items import MediaSizes, expanded_order, place_items, take_items
 from .core_layout import images_of_prompts, sizes_of_tiled
 from .hub_versions import CACHE_NAME
 
 IMAGE_NAMES = ("pixel_values", "pixel_values_images")
 PIXEL_NAMES = (*IMAGE_NAMES, "pixel_values_videos")
-MEDIA_NAMES = (*PIXEL_NAMES, "image_sizes", "batch_num_images", "encoded_media")
+GRID_NAMES = {"image": "image_grid_thw", "video": "video_grid_thw"}
+MEDIA_NAMES = (
+    *PIXEL_NAMES,
+    "image_sizes",
+    "batch_num_images",
+    *GRID_NAMES.values(),
+    "second_per_grid_ts",
+    "encoded_media",
+)
+OF_VIDEOS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 QUESTION_NAMES = ("query_mask", "clip_input_ids", "clip_attention_mask", "word_input_ids")
 
 
@@ -95,7 +104,8 @@ class PrunedGenerationMixin:
         pixels = {"image": images, "video": media["pixel_values_videos"]}
         pruning = self.pruning_of_call(kwargs.get("keep_ratio"), kwargs.get("keep_tokens"))
         encoded = media.pop("encoded_media")
-        layouts = self.layouts_of(pixels, media["image_sizes"], pruning, encoded)
+        sizes = MediaSizes(*(media[name] for name in ("image_sizes", *GRID_NAMES.values())))
+        layouts = self.layouts_of(pixels, sizes, pruning, encoded)
         items = place_items(layouts, masks, pruning, cached_tokens(kwargs.get(CACHE_NAME)))
         order = expanded_order(items, len(masks["image"]), expand_size)
         if kwargs.get("query_mask") is None:
@@ -105,9 +115,9 @@ class PrunedGenerationMixin:
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         for name, values in media.items():
-            indices = order["video" if name == "pixel_values_videos" else "image"]
-            if values is not None and indices:
-                kwargs[name] = values[indices]
+            kind = "video" if name in OF_VIDEOS else "image"
+            if values is not None and order[kind]:
+                kwargs[name] = take_items(values, order[kind], media[GRID_NAMES[kind]] if name in PIXEL_NAMES else None)
         if images_by_prompt is not None and "image_sizes" in kwargs:
             kwargs["batch_num_images"] = images_of_prompts(kwargs["image_sizes"])
         if encoded is not None and any(order.values()):

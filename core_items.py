@@ -2,11 +2,28 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from .core_layout import Layout
+
+
+class MediaSizes(NamedTuple):
+    """
+    What the processor returned about the sizes of media, beside their pixels.
+
+    Attributes:
+        image_sizes: (images, 2), height and width of each image; `None` where all are of one size.
+        image_grid_thw, video_grid_thw: (items, 3), how many patches each has in time, height and width, where items have grids
+            of their own.
+        second_per_grid_ts: for each video how long one step of its grid lasts.
+    """
+
+    image_sizes: Optional[torch.LongTensor] = None
+    image_grid_thw: Optional[torch.LongTensor] = None
+    video_grid_thw: Optional[torch.LongTensor] = None
+    second_per_grid_ts: Optional[torch.Tensor] = None
 
 
 @dataclass
@@ -18,7 +35,8 @@ class MediaItem:
         layout: its grids of tokens.
         row: the sample that it belongs to; `None` where a reused cache holds it.
         sets: the vision encoder's output by name, a `dict` for each of `layout.grids`: `"features"` (number of sets, L, C),
-            the signals that the method requires, and where tokens were merged in the encoder `"source_indices"` (number of
+            `"companions"` (number of sets, L, levels, H) that go with the tokens into the language model, the signals that the
+            method requires, and where tokens were merged in the encoder `"source_indices"` (number of
             sets, L), the place of each in its set.
         kept: (k,) ascending indices of the tokens that stay, counted through all sets; `layout.split` tells the frames apart.
         tokens: (k, C) features of the tokens that stay; projected ones (k, H) of methods that work behind the projector.
@@ -107,6 +125,14 @@ def expanded_order(items: list, batch: int, expand_size: int) -> dict:
     return order
 
 
+def take_items(values, indices: list, grids: Optional[torch.LongTensor] = None):
+    """The values of the items with these indices, one a row; where items have `grids`, one a patch, item after item."""
+    if grids is None:
+        return values[indices] if isinstance(values, torch.Tensor) else [values[index] for index in indices]
+    patches = values.split(grids.prod(1).tolist())
+    return torch.cat([patches[index] for index in indices])
+
+
 def tokens_by_place(items: list, masks: dict, values: str, fill: float) -> torch.Tensor:
     """(B, T) fp32: the attribute `values` (k,) of the items at their placeholders, and `fill` at all other tokens."""
     mask = next(iter(masks.values()))
@@ -121,6 +147,6 @@ def tokens_by_place(items: list, masks: dict, values: str, fill: float) -> torch
 def check_pixels(pixels: dict) -> None:
     """Raises ValueError, with the indices, where pixels are not finite."""
     for kind, values in pixels.items():
-        if values is not None and not torch.isfinite(values).all():
-            bad = [index for index, item in enumerate(values) if not torch.isfinite(item).all()]
+        bad = [index for index, item in enumerate(() if values is None else values) if not torch.isfinite(item).all()]
+        if bad:
             raise ValueError(f"the pixels of {kind} {bad} hold NaN or infinity; check the file and its preprocessing.")

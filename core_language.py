@@ -7,48 +7,87 @@ import torch
 from .core_attention import biased_mask
 from .core_cache import TokenRecord, all_sizes, cached_tokens, read_record, write_record
 from .core_layout import images_of_prompts
-from .core_positions import room_for_gaps, shrunk_columns, warn_beyond_context
+from .core_positions import room_for_gaps, shrunk_columns, unpruned_columns, warn_beyond_context
 from .hub_versions import CACHE_NAME
 
 
 class LanguageForwardMixin:
     """For model classes, right before the stock class: its forward pass, with what the cache records of pruned tokens."""
 
-    def run_language_model(self, prompt, attention_mask, position_ids, stock, record=None, columns=None):
+    def place_in_unpruned(self, pruning, masks: dict, items: list, attention_mask=None, cache=None) -> tuple:
+        """
+        Where the tokens of a prompt stand in the unpruned one.
+
+        Args:
+            masks: for each kind of media (B, T) bool, its placeholders.
+            items: `MediaItem`s, which all of their tokens stay of where they have no kept indices yet.
+            attention_mask, cache: of the call.
+
+        Returns:
+            the `TokenRecord` of the prompt, and how far each token is moved from its place in the prompt, a LongTensor
+            (B, T); two times `None` where none is moved.
+        """
+        positions = pruning.resolved("positions")
+        if not pruning.prunes or positions == "compact":
+            return None, None
+        columns, skipped = unpruned_columns(masks, items)
+        if positions == "scaled":
+            columns, skipped = self.scaled_columns(columns, skipped, attention_mask, cache)
+        return TokenRecord(None, skipped.float()), columns - torch.arange(columns.shape[1], device=columns.device)
+
+    def positions_of(self, tokens, position_ids, moved, cache, attention_mask):
+        """
+        The `position_ids` of the stock forward pass.
+
+        Args:
+            tokens: (B, T) or (B, T, H).
+            position_ids: those of the call, or `None`.
+            moved: (B, T) or (B, 1), how far tokens are moved; `None` where none is.
+            cache: the cache, if there is one.
+            attention_mask: of the call.
+        """
+        if moved is None:
+            return position_ids
+        if position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None] + cached_tokens(cache)
+        position_ids = position_ids + moved
+        warn_beyond_context(self.config.text_config, position_ids)
+        return position_ids
+
+    def stock_forward(self, **inputs):
+        """The forward pass of the stock class."""
+        return super().forward(**inputs, return_dict=True)
+
+    def run_language_model(self, prompt, attention_mask, position_ids, stock, record=None, shift=None):
         """
         The stock forward pass, at the positions and with the token sizes that are recorded in the cache and in `record`.
 
         Args:
-            prompt: `input_ids` or `inputs_embeds`, and pixels where nothing is pruned.
+            prompt: `input_ids` or `inputs_embeds`, and what `stock_forward` takes beside them: pixels where nothing is pruned.
             stock: the other arguments of the stock forward pass.
             record: the `TokenRecord` of the prompt; `None` = nothing was skipped in it, and each token stands for itself.
-            columns: (B, T), those of `unpruned_columns`; `None` = 0..T-1.
+            shift: that of `place_in_unpruned`; `None` = no token is moved.
         """
         cache, places = stock[CACHE_NAME], stock.get("cache_position")
         num_layers = self.config.text_config.num_hidden_layers
         tokens = prompt["inputs_embeds"] if prompt.get("input_ids") is None else prompt["input_ids"]
         cached = read_record(cache, num_layers)
         num_cached = 0 if record is None else cached_tokens(cache, places)
-        if columns is not None and attention_mask is None:
+        if shift is not None and attention_mask is None:
             # Without a mask, gaps between positions are read as the borders of packed sequences.
             total = num_cached + tokens.shape[1]
             attention_mask = torch.ones(len(tokens), total, dtype=torch.long, device=tokens.device)
-        if cached is not None or columns is not None:
-            own = torch.arange(tokens.shape[1], device=tokens.device)
-            shift = 0 if columns is None else columns.to(tokens.device) - own
-            if cached is not None:
-                shift = shift + cached.skipped.to(tokens.device).sum(1, keepdim=True).long()
-            position_ids = own[None] + cached_tokens(cache) if position_ids is None else position_ids
-            position_ids = position_ids + shift
-            warn_beyond_context(self.config.text_config, position_ids)
+        moved = None if shift is None else shift.to(tokens.device)
+        if cached is not None:
+            before = cached.skipped.to(tokens.device).sum(1, keepdim=True).long()
+            moved = before if moved is None else moved + before
+        position_ids = self.positions_of(tokens, position_ids, moved, cache, attention_mask)
         sizes = all_sizes(cached, record, num_cached)
         if sizes is not None:
             embeds = tokens if tokens.is_floating_point() else self.get_input_embeddings()(tokens)
             bias = sizes.to(embeds.device).clamp_min(1).log()
             attention_mask = biased_mask(attention_mask, bias, embeds, cache, places)
-        outputs = super().forward(
-            **prompt, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **stock
-        )
+        outputs = self.stock_forward(**prompt, attention_mask=attention_mask, position_ids=position_ids, **stock)
         cache = outputs.get(CACHE_NAME) if cache is None else cache
         if cache is not None and (cached is not None or record is not None):
             if record is None:
@@ -67,11 +106,11 @@ class LanguageForwardMixin:
             lengths = lengths + cached.skipped.sum(1).to(columns)
         return shrunk_columns(columns, skipped, room_for_gaps(config, lengths, skipped.sum(1)))
 
-    def stock_pixels(self, pixels: dict, image_sizes) -> dict:
-        """Pixels by the names that the stock forward pass has for them in this version of transformers."""
+    def stock_pixels(self, pixels: dict, sizes) -> dict:
+        """Pixels and sizes by the names that the stock forward pass has for them in this version of transformers."""
         names = signature(super().forward).parameters
         image = "pixel_values_images" if "pixel_values_images" in names else "pixel_values"
-        given = {image: pixels["image"], "pixel_values_videos": pixels["video"], "image_sizes": image_sizes}
-        if "batch_num_images" in names and image_sizes is not None:
-            given["batch_num_images"] = images_of_prompts(image_sizes)
+        given = {image: pixels["image"], "pixel_values_videos": pixels["video"], "image_sizes": sizes.image_sizes}
+        if "batch_num_images" in names and sizes.image_sizes is not None:
+            given["batch_num_images"] = images_of_prompts(sizes.image_sizes)
         return {name: values for name, values in given.items() if values is not None}

@@ -50,7 +50,9 @@ class Layout:
         row_newlines: whether each row of the last grid ends with a newline token when nothing is pruned.
         closing_newline: whether a newline token follows all others when nothing is pruned.
         crop: how the tiles of an image lie, whose tokens are its last grid; `None` = it has no tiles.
-        projected: whether the encoder gives its tokens behind the projector, where this family pools them.
+        projected: whether the encoder gives its tokens behind the projector, where this family pools or merges them.
+        seconds: how long a frame of a video lasts, where its prompt tells; `None` = not known.
+        frames_apart: whether there is text between the frames of a video, whose placeholders so stand in several runs.
     """
 
     kind: str
@@ -59,6 +61,8 @@ class Layout:
     closing_newline: bool = False
     crop: Optional[TileCrop] = None
     projected: bool = False
+    seconds: Optional[float] = None
+    frames_apart: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -255,6 +259,41 @@ def images_of_prompts(image_sizes: torch.LongTensor) -> torch.LongTensor:
     groups = itertools.groupby(image_sizes.any(1).tolist())
     numbers = [[1] * len(list(group)) if tiled else [len(list(group))] for tiled, group in groups]
     return torch.tensor(sum(numbers, []), device=image_sizes.device)
+
+
+class PatchSize(NamedTuple):
+    """What a checkpoint makes of pictures of any size: squares of `merge_size` x `merge_size` patches become tokens."""
+
+    merge_size: int
+
+
+class QwenLayouts:
+    """Qwen2.5-VL: every image and video has a grid of patches of its own, of which squares are merged to one token."""
+
+    kinds = ("image", "video")
+    frames_apart = False
+
+    @classmethod
+    def image(cls, frame: PatchSize, grid) -> Layout:
+        """The layout of an image of (1, height, width) patches."""
+        return Layout("image", (cls._merged(frame, grid),), projected=True)
+
+    @classmethod
+    def video(cls, frame: PatchSize, grid, seconds: Optional[float] = None) -> Layout:
+        """The layout of a video of (frames, height, width) patches, whose frames last so many seconds each."""
+        grids = (cls._merged(frame, grid),)
+        return Layout("video", grids, projected=True, seconds=seconds, frames_apart=cls.frames_apart)
+
+    @staticmethod
+    def _merged(frame, grid):
+        frames, height, width = (int(number) for number in grid)
+        return TokenGrid(frames, height // frame.merge_size, width // frame.merge_size)
+
+
+class Qwen3Layouts(QwenLayouts):
+    """Qwen3-VL: the same, with a timestamp before each frame of a video."""
+
+    frames_apart = True
 
 
 def check_pinpoints(grid_pinpoints, tile_size: int = 1) -> None:

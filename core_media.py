@@ -8,7 +8,7 @@ from .configuration_rediprune import PruningConfig
 from .core_attention import check_attention
 from .core_cache import cached_tokens
 from .core_encoded import EncodedMedia, encoder_identity, freeze, signals_of
-from .core_items import MediaItem, check_pixels, place_items
+from .core_items import MediaItem, MediaSizes, check_pixels, place_items
 from .core_layout import FrameSize, sizes_of_tiled
 from .core_pruner import Pruner
 from .core_question import Question
@@ -38,14 +38,14 @@ class MediaStagesMixin:
             getattr(config, "spatial_pool_stride", None),
         )
 
-    def layouts_of(self, pixels: dict, image_sizes, pruning, encoded=None) -> list:
+    def layouts_of(self, pixels: dict, sizes: MediaSizes, pruning, encoded=None) -> list:
         """The `Layout` of every image, then of every video, from their pixels and sizes, or those of [`EncodedMedia`]."""
         if encoded is not None:
             return encoded.layouts
         frame, layouts = self.frame_size, []
         if pixels["image"] is not None:
-            sizes = [None] * len(pixels["image"]) if image_sizes is None else image_sizes.tolist()
-            layouts += [self.layout_class.image(frame, size) for size in sizes]
+            of_images = [None] * len(pixels["image"]) if sizes.image_sizes is None else sizes.image_sizes.tolist()
+            layouts += [self.layout_class.image(frame, size) for size in of_images]
         if pixels["video"] is not None:
             num_videos, num_frames = pixels["video"].shape[:2]
             layouts += [self.layout_class.video(frame, num_frames, pruning)] * num_videos
@@ -76,7 +76,7 @@ class MediaStagesMixin:
         if not pruning.prunes:
             return pruning
         self.config.check_method(pruning)
-        check_attention(self.config.text_config, pruning)
+        check_attention(self.config, pruning)
         return pruning
 
     def refuse_projected(self, mm_encoder_outputs, pruning) -> None:
@@ -95,7 +95,7 @@ class MediaStagesMixin:
             return
         place_items([], self.placeholder_masks(**prompt), self.config.pruning)
 
-    def check_media(self, pixels, image_sizes) -> None:
+    def check_media(self, pixels: dict, sizes: MediaSizes) -> None:
         check_pixels(pixels)
         for kind, values in pixels.items():
             if values is not None and kind not in self.layout_class.kinds:
@@ -103,14 +103,14 @@ class MediaStagesMixin:
         images = pixels["image"]
         if images is None or self.frame_size.pinpoints is None:
             return
-        if image_sizes is None:
+        if sizes.image_sizes is None:
             raise ValueError(
                 f"pixel_values of {len(images)} images were passed without image_sizes, which say how their tiles lie; pass all "
                 "that the processor returned."
             )
-        if images.dim() == 5 and len(images) != len(image_sizes):
+        if images.dim() == 5 and len(images) != len(sizes.image_sizes):
             raise ValueError(
-                f"pixel_values hold {len(images)} images, but image_sizes {len(image_sizes)}; pass all that the processor returned."
+                f"pixel_values hold {len(images)} images, but image_sizes {len(sizes.image_sizes)}; pass all that the processor returned."
             )
 
     def encoder_modules(self) -> list:
@@ -128,6 +128,9 @@ class MediaStagesMixin:
         image_sizes: Optional[torch.LongTensor] = None,
         pixel_values_images: Optional[torch.FloatTensor] = None,
         batch_num_images: Optional[torch.LongTensor] = None,
+        image_grid_thw: Optional[torch.LongTensor] = None,
+        video_grid_thw: Optional[torch.LongTensor] = None,
+        second_per_grid_ts: Optional[torch.Tensor] = None,
         methods: Optional[list] = None,
         device=None,
         keep_ratio: Optional[float] = None,
@@ -140,7 +143,7 @@ class MediaStagesMixin:
         Runs the vision encoder, for `generate(..., encoded_media=...)` with any number of questions, keep ratios and methods.
 
         Args:
-            pixel_values, pixel_values_videos, image_sizes, pixel_values_images, batch_num_images: as in `forward`. All that the
+            pixel_values, pixel_values_videos, pixel_values_images: as in `forward`, like the sizes or grids. All that the
                 processor returned may be passed; the text among it is left alone.
             methods (`list[str]`, *optional*): which methods are going to be asked; the config's alone where not given. Some need
                 more of the encoder than its features.
@@ -168,8 +171,9 @@ class MediaStagesMixin:
         if pixels["image"] is None and pixels["video"] is None:
             raise ValueError("encode_media was given no pixels; pass what the processor returned for images or videos.")
         image_sizes = sizes_of_tiled(image_sizes, batch_num_images)
-        self.check_media(pixels, image_sizes)
-        items = [MediaItem(layout) for layout in self.layouts_of(pixels, image_sizes, pruning)]
+        sizes = MediaSizes(image_sizes, image_grid_thw, video_grid_thw, second_per_grid_ts)
+        self.check_media(pixels, sizes)
+        items = [MediaItem(layout) for layout in self.layouts_of(pixels, sizes, pruning)]
         tower = {
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
@@ -178,10 +182,10 @@ class MediaStagesMixin:
         self.encode_items(items, pixels, pruning, signals, **tower)
         return freeze(items, encoder_identity(self, pruning, signals, **tower), device)
 
-    def check_encoded(self, encoded: EncodedMedia, pixels: dict, image_sizes, pruning, **tower) -> None:
+    def check_encoded(self, encoded: EncodedMedia, pixels: dict, sizes: MediaSizes, pruning, **tower) -> None:
         """Raises ValueError where encoded media are not what this model would make of the media of a call now."""
         given = [f"pixels of {kind}s" for kind, values in pixels.items() if values is not None]
-        given += ["image_sizes"] if image_sizes is not None else []
+        given += [name for name, values in sizes._asdict().items() if values is not None]
         if given:
             raise ValueError(
                 f"encoded_media and {' and '.join(given)} were passed, which may be of other media; pass encoded_media with what "
@@ -205,10 +209,13 @@ class MediaStagesMixin:
 
     def prune_items(self, items: list, pruning, question: Question, return_signals: bool = False) -> None:
         """Fills in which tokens of every `MediaItem` stay, for a question; see `Pruner`."""
-        model = self.model
         place_tokens = lambda features: self.joint_space().place_tokens(features)  # noqa: E731
-        pruner = Pruner(pruning, model.multi_modal_projector, place_tokens, model.language_model, self.largest_of_heads)
+        pruner = Pruner(pruning, self.project, place_tokens, self.model.language_model, self.largest_of_heads)
         pruner(items, question, return_signals)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (..., C) in the space of the language model's input embeddings: (..., H)."""
+        return self.model.multi_modal_projector(features)
 
     def project_items(self, items: list, pruning) -> Optional[torch.Tensor]:
         """The kept tokens of items of one kind, projected, in the order of their placeholders: (tokens, H)."""
@@ -217,7 +224,7 @@ class MediaStagesMixin:
         parts = {id(item): item.tokens for item in items}
         unprojected = [] if pruning.after_projector else [item for item in items if not item.layout.projected]
         if unprojected:
-            tokens = self.model.multi_modal_projector(torch.cat([item.tokens for item in unprojected]))
+            tokens = self.project(torch.cat([item.tokens for item in unprojected]))
             numbers = [len(item.tokens) for item in unprojected]
             parts |= {id(item): part for item, part in zip(unprojected, tokens.split(numbers))}
         tokens = [parts[id(item)] for item in items]
@@ -236,6 +243,10 @@ class MediaStagesMixin:
         if layout.closing_newline:
             tokens = torch.cat([tokens, self.model.image_newline[None].to(tokens)])
         return tokens
+
+    def companions_by_place(self, items: list, masks: dict) -> dict:
+        """What `run_language_model` is handed beside the embeddings, from the companions of the kept tokens; here nothing."""
+        return {}
 
     def largest_of_heads(self, values: torch.Tensor) -> torch.Tensor:
         """Of values that are the largest of the heads of this process, the largest of all: tensor parallelism shares out the

@@ -18,9 +18,10 @@ from .hub_versions import TRANSFORMERS_4
 from .inputs_chat import contents_as_lists, plain_messages, plain_text, plain_tools
 from .inputs_download import MAX_BYTES, TIMEOUT, download
 from .inputs_media import flat_images, is_empty
-from .inputs_reading import check_prompts, check_text, read_images, sample_videos
+from .inputs_reading import check_lengths, check_prompts, check_text, read_images, sample_videos
 from .inputs_text_tower import question_segments
 from .inputs_tokenizing import OneAtATime
+from .inputs_video import frame_indices
 from .inputs_words import content_words
 
 
@@ -54,6 +55,8 @@ class PrunedProcessorMixin:
 
     config_class = layout_class = None
     tokenizer_class = "AutoTokenizer"  # 4.57 would take Llama's alone
+    frame_indices, check_lengths = staticmethod(frame_indices), staticmethod(check_lengths)  # of videos
+    processing_kwargs = PrunedProcessorKwargs  # of 4.57
     download_timeout = TIMEOUT
     download_max_bytes = MAX_BYTES
 
@@ -194,7 +197,8 @@ class PrunedProcessorMixin:
         if is_empty(videos):
             videos = None
         else:
-            videos, kwargs = sample_videos(videos, self.video_processor, kwargs, fetch)
+            videos, kwargs = sample_videos(videos, self.video_processor, kwargs, fetch, self.frame_indices)
+            self.check_lengths(videos)
         if encoded_media is None:
             outputs = caller._process(images, text, videos, kwargs)
         else:
@@ -350,6 +354,14 @@ class PrunedProcessorMixin:
         self._check_special_mm_tokens(text, text_inputs, modalities=list(self.placeholders))
         return BatchFeature(text_inputs, tensor_type=return_tensors)
 
+    def about_videos(self, metadata: list) -> dict:
+        """Of 4.57: what the model is told of sampled videos, from the `VideoMetadata` of each, beside their pixels."""
+        return {}
+
+    def written(self, kind: str) -> str:
+        """Of 4.57: a regular expression for what the placeholders of a medium take the place of."""
+        return re.escape(self.placeholders[kind])
+
     def _process(self, images, text, videos, kwargs) -> BatchFeature:
         if not TRANSFORMERS_4:
             # Some stock classes return lists by default, and some of them mix both.
@@ -359,26 +371,29 @@ class PrunedProcessorMixin:
             return super().__call__(images=images, text=text, videos=videos, **kwargs)
         # transformers 4.57 sizes all videos of a call by the first one and has no hook for the count of one medium, so
         # here are the steps of 5.x.
-        merged = self._merge_kwargs(PrunedProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(self.processing_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         image_inputs = {} if images is None else self.image_processor(images, **merged["images_kwargs"])
         video_inputs = {} if videos is None else self.video_processor(videos, **merged["videos_kwargs"])
         metadata = video_inputs.pop("video_metadata", None)
+        given = merged["videos_kwargs"].get("video_metadata")
+        if videos is not None:
+            video_inputs.update(self.about_videos(given))
         text_inputs = {}
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        merged["text_kwargs"].pop("return_mm_token_type_ids", None)  # which tell what the ids of the tokens tell
         if text is not None:
             of_kind = {
                 "image": (self.replace_image_token, image_inputs),
-                "video": (self.replace_video_token, video_inputs),
+                "video": (self.replace_video_token, {**video_inputs, "video_metadata": given}),
             }
-            media = {token: of_kind[kind] for kind, token in self.placeholders.items()}
-            seen = {token: itertools.count() for token in media}
+            seen = {kind: itertools.count() for kind in self.placeholders}
 
             def placeholders(match):
-                replace, inputs = media[match.group()]
-                return replace(inputs, next(seen[match.group()]))
+                replace, inputs = of_kind[match.lastgroup]
+                return replace(inputs, next(seen[match.lastgroup]))
 
-            either_token = "|".join(map(re.escape, media))
-            text = [re.sub(either_token, placeholders, sample) for sample in text]
+            either = "|".join(f"(?P<{kind}>{self.written(kind)})" for kind in self.placeholders)
+            text = [re.sub(either, placeholders, sample) for sample in text]
             text_inputs = self.tokenizer(text, **merged["text_kwargs"])
             self._check_special_mm_tokens(text, text_inputs, modalities=list(self.placeholders))
         outputs = BatchFeature({**text_inputs, **image_inputs, **video_inputs}, tensor_type=return_tensors)

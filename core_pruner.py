@@ -175,7 +175,7 @@ def arranged_sets(item, pruning) -> list:
     """The sets of an item as a pruning block shares its budget, a `dict` for each entry of `layout.sets`: the features, and of the
     signals those that it requires."""
     signals = signals_of(pruning)
-    unused = ENCODER_SIGNALS - signals
+    unused = ENCODER_SIGNALS - signals | {"companions"}
     sets = [{name: values for name, values in of_grid.items() if name not in unused} for of_grid in item.sets]
     if "times" in signals and "source_indices" not in sets[0]:
         for grid, of_grid in zip(item.layout.grids, sets):

@@ -4,10 +4,13 @@ Workarounds for single versions of transformers, outside the model and processor
 The comment at each of them has its versions, its reason, and when it can go.
 """
 
+import sys
 from dataclasses import fields
 from inspect import signature
 
+import torch
 import transformers
+from transformers import modeling_outputs
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.processing_utils import ProcessorMixin
 
@@ -64,8 +67,10 @@ def loading_options(model_type: str, stock_model_type: str, stock_class) -> dict
     # Reason: checkpoint keys are converted by model type, and not for those of custom code that has not registered.
     # Until: custom code inherits the conversion of its stock class.
     try:
-        mapping = get_checkpoint_conversion_mapping(stock_model_type)
-        register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
+        names = (stock_model_type, stock_class.__name__)  # a mapping has one of them
+        mapping = next((found for found in map(get_checkpoint_conversion_mapping, names) if found is not None), None)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
     except TypeError as error:
         raise TypeError(
             f"transformers {transformers.__version__} takes other arguments to convert checkpoint keys, so weights of "
@@ -107,3 +112,75 @@ def layer_states(output):
     # Reason: its layers return tuples.
     # Until: 4.57 is no longer supported.
     return output[0] if isinstance(output, tuple) else output
+
+
+def stock_processor_kwargs(stock_class):
+    """The types of the arguments of a stock processor class; `None` in 5.x."""
+    # Versions: 4.57.
+    # Reason: there the processor's steps are repeated here, and tell by these types which argument is whose.
+    # Until: 4.57 is no longer supported.
+    if not TRANSFORMERS_4:
+        return None
+    stock_kwargs = getattr(sys.modules[stock_class.__module__], f"{stock_class.__name__}Kwargs")
+
+    class PrunedKwargs(stock_kwargs, total=False):
+        _defaults = {"text_kwargs": stock_kwargs._defaults["text_kwargs"], "common_kwargs": {"return_tensors": "pt"}}
+
+    return PrunedKwargs
+
+
+def qwen_outputs(stock_class):
+    """The class of what a Qwen model with a language model head returns."""
+    # Versions: 4.57.
+    # Reason: there each model has its own, and in 5.x they share one.
+    # Until: 4.57 is no longer supported.
+    name = f"{stock_class.__name__.removesuffix('ForConditionalGeneration')}CausalLMOutputWithPast"
+    return getattr(modeling_outputs, "MultimodalCausalLMOutputWithPast", None) or getattr(
+        sys.modules[stock_class.__module__], name
+    )
+
+
+def merged_patches(output) -> tuple:
+    """What a Qwen vision tower returned: the tokens after its merger (n, H), and a list of their DeepStack features (n, H)."""
+    # Versions: 4.57.
+    # Reason: its towers return a tensor, and with DeepStack a tensor and a list, where those of 5.x return an output object.
+    # Until: 4.57 is no longer supported.
+    if isinstance(output, torch.Tensor):
+        return output, []
+    if isinstance(output, tuple):
+        return output
+    return output.pooler_output, list(getattr(output, "deepstack_features", None) or ())
+
+
+def grid_positions(model, kind: str, grid, seconds=None) -> tuple:
+    """
+    The rotary positions (M-RoPE) that the stock model gives to one run of placeholders.
+
+    Args:
+        model: a Qwen model with a language model head.
+        kind: `"image"` or `"video"`.
+        grid: (frames, height, width) in tokens.
+        seconds: how long a frame lasts; `None` = the default of the stock model.
+
+    Returns:
+        LongTensor (3, n), counted from where the run starts, and by how much the position of the text behind it is larger than
+        that of its start.
+    """
+    config, (frames, height, width) = model.config, grid
+    placeholder = {"image": config.image_token_id, "video": config.video_token_id}[kind]
+    start, number = config.vision_start_token_id, frames * height * width
+    text = next(token for token in range(4) if token not in (start, config.image_token_id, config.video_token_id))
+    merge_size = config.vision_config.spatial_merge_size
+    inputs = {
+        "input_ids": torch.tensor([[start, *[placeholder] * number, text]]),
+        f"{kind}_grid_thw": torch.tensor([[frames, height * merge_size, width * merge_size]]),
+        "second_per_grid_ts": None if seconds is None else torch.tensor([seconds]),
+        "mm_token_type_ids": torch.tensor([[0, *[{"image": 1, "video": 2}[kind]] * number, 0]]),
+    }
+    # Versions: 4.57.
+    # Reason: it tells media by their token ids, and takes no types of tokens.
+    # Until: 4.57 is no longer supported; `second_per_grid_ts` is of Qwen2.5-VL alone, and other models of 5.x take no notice.
+    names = signature(model.model.get_rope_index).parameters
+    positions, _ = model.model.get_rope_index(**{name: value for name, value in inputs.items() if name in names})
+    positions = positions[:, 0] - positions[:, 0, :1] - 1
+    return positions[:, 1:-1], int(positions[0, -1])

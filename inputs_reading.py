@@ -88,8 +88,8 @@ def read_images(images, image_processor, kwargs, fetch) -> list:
     return images
 
 
-def sample_videos(videos, video_processor, kwargs, fetch) -> tuple:
-    """Decoded and sampled frames of every video, and the arguments that then remain for the stock processor."""
+def sample_videos(videos, video_processor, kwargs, fetch, rule=frame_indices) -> tuple:
+    """Decoded and by `rule` sampled frames of every video, and the arguments that then remain for the stock processor."""
     videos_kwargs = dict(kwargs.get("videos_kwargs", {}))
     rescaled = is_rescaled(video_processor, {**kwargs, **videos_kwargs})
     options = {}
@@ -106,7 +106,7 @@ def sample_videos(videos, video_processor, kwargs, fetch) -> tuple:
     def choose(total, source_fps):
         if not options["do_sample_frames"]:
             return np.arange(total)
-        return frame_indices(total, options["num_frames"], options["fps"], source_fps)
+        return rule(total, options["num_frames"], options["fps"], source_fps)
 
     videos, _ = flat_videos(videos)
     given = options["video_metadata"]
@@ -114,17 +114,21 @@ def sample_videos(videos, video_processor, kwargs, fetch) -> tuple:
     for index, video in enumerate(videos):
         name = f"video {index}"
         videos[index], metadata[index] = _read_video(video, name, metadata[index], choose, fetch, rescaled)
+    options = {"do_sample_frames": False, "video_metadata": metadata}
+    # 4.57 reads either `videos_kwargs` or the flat arguments, not both.
+    if "videos_kwargs" in kwargs:
+        options = {"videos_kwargs": {**videos_kwargs, **options}}
+    return videos, {**kwargs, **options}
+
+
+def check_lengths(videos: list) -> None:
+    """Raises ValueError where videos have different numbers of frames, so that their pixels make no tensor."""
     lengths = [len(video) for video in videos]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"the videos of one call have {lengths} frames, but must all have the same number: sample them with "
             "num_frames=, or process them in separate calls."
         )
-    options = {"do_sample_frames": False, "video_metadata": metadata}
-    # 4.57 reads either `videos_kwargs` or the flat arguments, not both.
-    if "videos_kwargs" in kwargs:
-        options = {"videos_kwargs": {**videos_kwargs, **options}}
-    return videos, {**kwargs, **options}
 
 
 def _read_video(video, name: str, metadata, choose, fetch, rescaled: bool) -> tuple:

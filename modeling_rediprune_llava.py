@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     # names itself, so each of the three that `auto_map` names lists all that it rests on.
     from .core_attention import biased_mask  # noqa: F401
     from .core_cache import TokenRecord  # noqa: F401
-    from .core_encoded import EncodedMedia  # noqa: F401
-    from .core_items import MediaItem  # noqa: F401
+    from .core_encoded import ENCODER_SIGNALS  # noqa: F401
+    from .core_items import MediaSizes  # noqa: F401
     from .core_language import LanguageForwardMixin  # noqa: F401
     from .core_media import MediaStagesMixin  # noqa: F401
-    from .core_positions import unpruned_columns  # noqa: F401
+    from .core_positions import ANSWER_SHARE  # noqa: F401
     from .core_pruner import Pruner  # noqa: F401
     from .core_question import Question  # noqa: F401
     from .hub_files import PARTS  # noqa: F401
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from .inputs_text_tower import SEGMENT  # noqa: F401
     from .inputs_tokenizing import OneAtATime  # noqa: F401
     from .methods_attention import CONTEXTUAL_SHARE  # noqa: F401
-    from .methods_base import VisualTokens  # noqa: F401
+    from .methods_base import CLS_SIGNALS  # noqa: F401
     from .methods_baselines import Random  # noqa: F401
     from .methods_block import PruningConfig  # noqa: F401
     from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from .methods_registry import METHODS  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
     from .methods_settings import DEFAULT_METHOD  # noqa: F401
-    from .methods_still import HoliTom  # noqa: F401
-    from .methods_video import VidCom2  # noqa: F401
+    from .methods_still import STILL_WEIGHT  # noqa: F401
+    from .methods_video import LEAST_SEGMENTS  # noqa: F401
     from .ops_merging import DIVERSITY_WEIGHT  # noqa: F401
     from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
     from .ops_relevance import RELEVANCES  # noqa: F401

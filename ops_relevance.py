@@ -56,7 +56,10 @@ def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch
     if "flash" not in (language_model.config._attn_implementation or ""):  # which is causal by itself
         least = torch.finfo(states.dtype).min
         mask = torch.full((len(words), len(words)), least, dtype=states.dtype, device=states.device).triu(1)[None, None]
-    places = language_model.rotary_emb(states, positions)
+    config = language_model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Text has one number in all three rows of multimodal positions.
+    places = language_model.rotary_emb(states, positions.expand(3, 1, -1) if "mrope_section" in rope else positions)
     for layer in language_model.layers[:num_layers]:
         states = layer(states, attention_mask=mask, position_ids=positions, position_embeddings=places)
         states = states[0] if isinstance(states, tuple) else states

@@ -1,6 +1,7 @@
 """One processor class for each family: [`PrunedProcessorMixin`] before the stock class."""
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 from transformers import (
@@ -8,6 +9,8 @@ from transformers import (
     LlavaNextVideoProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen3VLProcessor,
     VideoLlavaProcessor,
 )
 
@@ -16,6 +19,8 @@ from .configuration_rediprune import (
     ReDiPruneLlavaConfig,
     ReDiPruneLlavaNextConfig,
     ReDiPruneLlavaOnevisionConfig,
+    ReDiPruneQwen2_5_VLConfig,
+    ReDiPruneQwen3VLConfig,
     ReDiPruneVideoLlavaConfig,
 )
 from .core_layout import (
@@ -24,10 +29,13 @@ from .core_layout import (
     LlavaNextLayouts,
     LlavaNextVideoLayouts,
     LlavaOnevisionLayouts,
+    Qwen3Layouts,
+    QwenLayouts,
     VideoLlavaLayouts,
     check_pool_stride,
     max_tiles_of,
 )
+from .core_patches import PatchProcessorMixin
 from .core_processor import PrunedProcessorMixin
 
 if TYPE_CHECKING:
@@ -45,7 +53,7 @@ if TYPE_CHECKING:
     from .inputs_video import REFERRING_FORMATS  # noqa: F401
     from .inputs_words import STOP_WORDS  # noqa: F401
     from .methods_attention import CONTEXTUAL_SHARE  # noqa: F401
-    from .methods_base import VisualTokens  # noqa: F401
+    from .methods_base import CLS_SIGNALS  # noqa: F401
     from .methods_baselines import Random  # noqa: F401
     from .methods_block import PruningConfig  # noqa: F401
     from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
@@ -54,8 +62,8 @@ if TYPE_CHECKING:
     from .methods_registry import METHODS  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
     from .methods_settings import DEFAULT_METHOD  # noqa: F401
-    from .methods_still import HoliTom  # noqa: F401
-    from .methods_video import VidCom2  # noqa: F401
+    from .methods_still import STILL_WEIGHT  # noqa: F401
+    from .methods_video import LEAST_SEGMENTS  # noqa: F401
     from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
     from .ops_relevance import RELEVANCES  # noqa: F401
     from .ops_selection import CANDIDATE_POOLS  # noqa: F401
@@ -222,6 +230,31 @@ class ReDiPruneLlavaOnevisionProcessor(PrunedProcessorMixin, LlavaOnevisionProce
         return FrameSize(pixels, math.isqrt(self.num_image_tokens), pinpoints, max_tiles=max_tiles)
 
 
+class ReDiPruneQwen2_5_VLProcessor(PatchProcessorMixin, Qwen2_5_VLProcessor):
+    """[`Qwen2_5_VLProcessor`] that writes one placeholder for each visual token that stays ([`PrunedProcessorMixin`])."""
+
+    config_class, layout_class = ReDiPruneQwen2_5_VLConfig, QwenLayouts
+
+    def about_videos(self, metadata):
+        """Seconds of a step of each video's grid; where the frame rate is not known, of two frames a second as in the stock class."""
+        rates = [
+            video.fps and len(video.frames_indices) / video.total_num_frames * video.fps or 2 for video in metadata
+        ]
+        return {"second_per_grid_ts": [self.video_processor.temporal_patch_size / rate for rate in rates]}
+
+
+class ReDiPruneQwen3VLProcessor(PatchProcessorMixin, Qwen3VLProcessor):
+    """[`Qwen3VLProcessor`] that writes one placeholder for each visual token that stays ([`PrunedProcessorMixin`])."""
+
+    config_class, layout_class = ReDiPruneQwen3VLConfig, Qwen3Layouts
+
+    def written(self, kind):
+        """Timestamps stand before the marks around each frame, so that those around the video go."""
+        token = super().written(kind)
+        start, end = map(re.escape, (self.vision_start_token, self.vision_end_token))
+        return f"{start}{token}{end}|{token}" if kind == "video" else token
+
+
 # So that saving copies this file and those that it imports.
 for _cls in (
     ReDiPruneLlavaProcessor,
@@ -229,5 +262,7 @@ for _cls in (
     ReDiPruneLlavaOnevisionProcessor,
     ReDiPruneProcessor,
     ReDiPruneVideoLlavaProcessor,
+    ReDiPruneQwen2_5_VLProcessor,
+    ReDiPruneQwen3VLProcessor,
 ):
     _cls.register_for_auto_class()

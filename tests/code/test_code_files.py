@@ -5,7 +5,7 @@ import re
 import pytest
 from places import ROOT
 
-ENTRIES = ("configuration_rediprune", "processing_rediprune", "modeling_rediprune_llava")
+ENTRIES = ("configuration_rediprune", "processing_rediprune", "modeling_rediprune_llava", "modeling_rediprune_qwen")
 
 
 def named(module):

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
-from rediprune.configuration_rediprune import ReDiPruneConfig
+from rediprune.configuration_rediprune import CONFIGS
 from transformers.dynamic_module_utils import check_imports, get_relative_import_files, get_relative_imports
 
-AUTO_MAP = ReDiPruneConfig.auto_map_of_class()
+AUTO_MAPS = [config.auto_map_of_class() for config in CONFIGS.values()]
 FILES = sorted(ROOT.glob("*.py"))
 NAMES = {path.stem for path in FILES}
 ALLOWED = {"torch", "numpy", "transformers", *sys.stdlib_module_names}
 OPTIONAL = {"av"}  # inside `try:`, so that nobody has to install it to load a model
-ENTRIES = {reference.split(".")[0] for reference in AUTO_MAP.values()}
+ENTRIES = {reference.split(".")[0] for auto_map in AUTO_MAPS for reference in auto_map.values()}
 
 
 def imports(path):

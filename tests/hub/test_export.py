@@ -18,7 +18,8 @@ from tiny import POOLED, random_image, random_video, save_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
-ENTRIES = ("configuration_rediprune.py", "modeling_rediprune_llava.py", "processing_rediprune.py")
+MODELS = ("modeling_rediprune_llava.py", "modeling_rediprune_qwen.py")
+ENTRIES = ("configuration_rediprune.py", *MODELS, "processing_rediprune.py")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -1,12 +1,13 @@
 """Every backbone as a small random model beside its stock class: one list for all checks (`tests/model/test_families.py`)."""
 
 import inspect
+import re
 from dataclasses import dataclass
 
 import torch
 import transformers
 from rediprune import configuration_rediprune as configuration
-from rediprune import modeling_rediprune_llava as modeling
+from rediprune import modeling_rediprune_llava, modeling_rediprune_qwen
 from rediprune import processing_rediprune as processing
 from safetensors.torch import save_file
 from tiny import (
@@ -15,6 +16,7 @@ from tiny import (
     PATCH_SIZE,
     PATCHES,
     PINPOINTS,
+    TEXT_SIZES,
     public_name,
     random_image,
     random_video,
@@ -33,6 +35,8 @@ class Family:
         kinds: the media that it takes.
     """
 
+    has_mrope = has_timestamps = False
+
     name: str
     kinds: tuple
 
@@ -42,7 +46,12 @@ class Family:
 
     @property
     def model_class(self):
-        return getattr(modeling, self.config_class.model_class)
+        name = self.config_class.model_class
+        return next(
+            getattr(module, name)
+            for module in (modeling_rediprune_llava, modeling_rediprune_qwen)
+            if hasattr(module, name)
+        )
 
     @property
     def processor_class(self):
@@ -145,11 +154,31 @@ class Family:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         self.stock_processor().save_pretrained(folder)
-        weights = {public_name(name): weight.clone() for name, weight in model.state_dict().items()}
+        weights = {self.public_name(name): weight.clone() for name, weight in model.state_dict().items()}
         save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
         return folder
 
+    def public_name(self, name):
+        """A tensor's name in the public checkpoints of the family, from its name in the module tree."""
+        return public_name(name)
+
+    def refusal(self, **pruning):
+        """Why the family cannot prune so; `None` where it can."""
+        try:
+            self.config_class.check_method(configuration.PruningConfig(**pruning))
+        except ValueError as error:
+            return str(error)
+
+    def parts(self, model):
+        """The parts of a model that are trained: its towers, its projector and its language model."""
+        towers = {id(tower): tower for tower in (model.tower_of(kind)[0] for kind in self.kinds)}.values()
+        return [*towers, model.model.multi_modal_projector, model.model.language_model]
+
     # -- prompts
+
+    def written(self, text):
+        """A text with the family's own placeholders for `<image>` and `<video>`."""
+        return text
 
     def prompts(self):
         """(text, media) of prompts with every kind of media that the family takes, of several shapes."""
@@ -159,7 +188,7 @@ class Family:
             prompts.append(("USER : <video> which way does it move ?", {"videos": [random_video(3)]}))
             media = {"images": [random_image(4)], "videos": [random_video(5)]}
             prompts.append(("red <video> blue <image> how many", media))
-        return prompts
+        return [(self.written(text), media) for text, media in prompts]
 
     def inputs(self, processor, index, **kwargs):
         text, media = self.prompts()[index]
@@ -188,6 +217,87 @@ FAMILIES = [
     Family("llava_next_video", ("image", "video")),
     Family("llava_onevision", ("image", "video")),
     Family("video_llava", ("image", "video")),
+]
+
+
+MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+QWEN_TEMPLATE = re.sub(
+    r"<{{ part\['type'\] }}>\\n", "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>", CHAT_TEMPLATE
+)
+
+
+class QwenFamily(Family):
+    """Qwen2.5-VL and Qwen3-VL: patches of 4 pixels, merged in squares of 2, and frames of videos in pairs."""
+
+    has_mrope = True
+
+    @property
+    def has_timestamps(self):
+        """Between the frames of a video."""
+        return self.name == "qwen3_vl"
+
+    @property
+    def image_processor_class(self):
+        return getattr(transformers, "Qwen2VLImageProcessorFast", None) or transformers.Qwen2VLImageProcessor
+
+    @property
+    def video_processor_class(self):
+        return getattr(transformers, self.config_class.video_processor)
+
+    def config(self, cls=None, **kwargs):
+        cls = cls or self.config_class
+        words = tiny_tokenizer(MARKS).get_vocab()
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        vision = dict(
+            depth=3,
+            hidden_size=16,
+            intermediate_size=32,
+            num_heads=2,
+            patch_size=PATCH_SIZE,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=TEXT_SIZES["hidden_size"],
+        )
+        vision |= (
+            {"window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+            if self.name == "qwen2_5_vl"
+            else {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+        )
+        rope = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+        text = {**TEXT_SIZES, "max_position_embeddings": 2048, "rope_scaling": rope, "head_dim": 8}
+        return cls(
+            vision_config=vision, text_config=text, **{name: words[mark] for name, mark in zip(names, MARKS)}, **kwargs
+        )
+
+    def processor(self, cls=None, **pruning):
+        size = {"shortest_edge": 8 * 8 * 4, "longest_edge": 8 * 8 * 36}
+        options = {"patch_size": PATCH_SIZE, "merge_size": 2, "temporal_patch_size": 2}
+        frames = {"shortest_edge": size["shortest_edge"], "longest_edge": size["longest_edge"] * FRAMES}
+        return (cls or self.processor_class)(
+            image_processor=self.image_processor_class(size=size, **options),
+            video_processor=self.video_processor_class(
+                size=frames, do_sample_frames=True, fps=None, num_frames=FRAMES, **options
+            ),
+            tokenizer=tiny_tokenizer(MARKS),
+            chat_template=QWEN_TEMPLATE,
+            **({"pruning": pruning} if cls is None else {}),
+        )
+
+    def written(self, text):
+        return re.sub(r"<(image|video)>", r"<|vision_start|><|\1_pad|><|vision_end|>", text)
+
+    def public_name(self, name):
+        if self.name == "qwen3_vl":
+            return name
+        return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+    def parts(self, model):
+        return [model.model.visual, model.model.visual.merger, model.model.language_model]
+
+
+FAMILIES += [
+    QwenFamily("qwen2_5_vl", ("image", "video")),
+    QwenFamily("qwen3_vl", ("image", "video")),
 ]
 
 

@@ -58,8 +58,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer():
-    vocabulary = {word: index for index, word in enumerate(SPECIALS + WORDS)}
+def tiny_tokenizer(marks=("<image>", "<video>")):
+    """Of words; `marks` are the placeholders of images and videos, and what else is no text."""
+    words = [*SPECIALS[:4], *marks[:2], *WORDS, *marks[2:]]
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -69,7 +71,7 @@ def tiny_tokenizer():
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>", "<video>"],
+        additional_special_tokens=list(marks),
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
