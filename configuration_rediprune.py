@@ -16,7 +16,7 @@ from transformers import (
 
 from .hub_files import code_in_place
 from .hub_untrusted import names_folder, resolve_text_tower
-from .hub_versions import register_for_serving
+from .hub_versions import register_for_serving, with_older_rope
 from .methods_base import CLS_SIGNALS
 from .methods_block import PruningConfig
 from .methods_registry import METHODS
@@ -70,7 +70,9 @@ class PrunedConfigMixin:
         base_model_type: of the checkpoints that it is made from.
         takes_videos: whether its prompts can hold videos beside images.
         video_processor: name of the stock class that prepares its videos.
-        trained_frames: how many frames of a video it was trained with; `None` where its checkpoints name that themselves.
+        trained_frames, trained_fps: how many frames of a video, or of a second of it, it was trained with; `None` where its
+            checkpoints name that themselves.
+        fallback_template: whether Vicuna's chat template fits checkpoints that bring none.
         model_class, model_file, processor_class: names of the classes that load with it, and of the file of the model's.
         can_merge_in_encoder, cannot_merge_because: whether methods that merge in the vision encoder work, and why not.
         tower_type: the `model_type` of its vision tower; one that is no CLIP has neither CLS nor CLIP's joint space.
@@ -80,7 +82,8 @@ class PrunedConfigMixin:
     base_model_type = model_class = processor_class = ""
     model_file = "modeling_rediprune_llava"
     takes_videos, video_processor = False, ""
-    trained_frames = None
+    trained_frames = trained_fps = None
+    fallback_template = True
     can_merge_in_encoder, cannot_merge_because = True, ""
     tower_type = CLIPVisionConfig.model_type
     positions_have_gaps = True
@@ -211,6 +214,8 @@ class PrunedConfigMixin:
         output = super().to_dict()
         output["pruning"] = self.pruning.to_dict()
         output["auto_map"] = self.auto_map_of_class()
+        if isinstance(output.get("text_config"), dict):
+            output["text_config"] = with_older_rope(output["text_config"])
         for key in LINK_KEYS:
             if output.get(key) is None:
                 output.pop(key, None)
@@ -291,7 +296,8 @@ class QwenConfigMixin(PrunedConfigMixin):
     """Of the Qwen models, whose towers have no CLS, and whose positions have three numbers (M-RoPE)."""
 
     model_file = "modeling_rediprune_qwen"
-    takes_videos = True
+    takes_videos, trained_fps = True, 2
+    fallback_template = False
     can_merge_in_encoder = False
     cannot_merge_because = "its tower merges squares of patches and attends in windows, and has no CLS"
     positions_have_gaps = False

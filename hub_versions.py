@@ -114,6 +114,21 @@ def layer_states(output):
     return output[0] if isinstance(output, tuple) else output
 
 
+def with_older_rope(text_config: dict) -> dict:
+    """The `text_config` of a config.json, in which both lines find the rotary positions."""
+    # Versions: 5.x writes `rope_parameters`, of which 4.57 reads nothing.
+    # Reason: 4.57 reads the same from `rope_theta` and `rope_scaling`, and without them takes the defaults silently.
+    # Until: 4.57 is no longer supported.
+    rope = dict(text_config.get("rope_parameters") or {})
+    if "rope_type" not in rope:  # of 4.57, or one for each kind of layer
+        return text_config
+    older = {
+        "rope_theta": rope.pop("rope_theta", None),
+        "rope_scaling": rope if rope != {"rope_type": "default"} else None,
+    }
+    return {**text_config, **{key: value for key, value in older.items() if value is not None}}
+
+
 def stock_processor_kwargs(stock_class):
     """The types of the arguments of a stock processor class; `None` in 5.x."""
     # Versions: 4.57.

@@ -136,6 +136,8 @@ def convert_files(base_folder, output, pruning=None, weights_from=None, weights_
     if "tokenizer_config.json" not in small:
         raise ExportError(f"{base_folder} holds no tokenizer_config.json; a variant needs a tokenizer")
     if not (output / "chat_template.jinja").exists() and not _has_template(output, small):
+        if not config_class.fallback_template:
+            raise ExportError(f"{base_folder} holds no chat template; add chat_template.jinja, as its publisher has it")
         print("the base has no chat template: the variant gets Vicuna's (USER: ... ASSISTANT:), in chat_template.jinja")
         shutil.copyfile(ROOT / "chat_template.jinja", output / "chat_template.jinja")
     if not (output / portability.PROCESSOR_FILE).exists():
@@ -188,6 +190,8 @@ def _has_template(folder: Path, names: list) -> bool:
 def _default_processor(values: dict) -> dict:
     """For old checkpoints without processor_config.json."""
     config = config_class_of(values).from_dict({**values})
+    if not hasattr(config, "vision_feature_select_strategy"):
+        return {}
     return {
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
@@ -210,6 +214,8 @@ def complete_video_processor(folder: Path, config_class) -> None:
     values.setdefault("video_processor_type", config_class.video_processor)
     if config_class.trained_frames and values.get("num_frames") is None and values.get("fps") is None:
         values |= {"do_sample_frames": True, "num_frames": config_class.trained_frames}
+    if config_class.trained_fps and values.get("num_frames") is None and values.get("fps") is None:
+        values |= {"do_sample_frames": True, "fps": config_class.trained_fps}
     portability.write_json(path, values)
 
 

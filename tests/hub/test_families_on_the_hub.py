@@ -9,7 +9,7 @@ import sys
 import export
 import pytest
 import torch
-from exporting import run
+from exporting import refused, run
 from families import FAMILIES
 from hub_server import Hub
 from places import ROOT
@@ -103,33 +103,33 @@ def test_saved_and_loaded_again(variant, folder, loaded):
 # -- bases as they are published ---------------------------------------------------------------------------------------
 
 
-def published(base, folder):
+def published(base, folder, templates=("chat_template.jinja", "chat_template.json")):
     """The base with the files that the oldest of the published checkpoints have: no template, no file of the processor's own or
     of the videos'."""
     shutil.copytree(base, folder)
     processor = json.loads((folder / "processor_config.json").read_text())
     if "image_processor" in processor:  # as 5.x writes it
         (folder / "preprocessor_config.json").write_text(json.dumps(processor["image_processor"]))
-    for name in (
-        "processor_config.json",
-        "video_preprocessor_config.json",
-        "chat_template.jinja",
-        "chat_template.json",
-    ):
+    for name in ("processor_config.json", "video_preprocessor_config.json", *templates):
         (folder / name).unlink(missing_ok=True)
     return folder
 
 
 def test_an_old_base(family, base, folder, variant, capsys):
-    arguments = [published(base, folder / "published"), "--output", folder / "old", "--no-check"]
+    vicuna = family.config_class.fallback_template
+    arguments = [
+        published(base, folder / "published", *([] if vicuna else [()])),
+        "--output",
+        folder / "old",
+        "--no-check",
+    ]
     export.export(export.parse_arguments([*map(str, arguments), "--keep-ratio", str(KEEP_RATIO)]))
-    assert "Vicuna" in capsys.readouterr().out
+    assert ("Vicuna" in capsys.readouterr().out) == vicuna
     new = AutoProcessor.from_pretrained(variant, trust_remote_code=True)
     old = AutoProcessor.from_pretrained(folder / "old", trust_remote_code=True)
     assert type(old).__name__ == family.processor_class.__name__
-    assert "USER: <image>" in old.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where ?"}]}]
-    )
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where ?"}]}]
+    assert family.written("USER: <image>") in old.apply_chat_template(chat)
     for index in range(len(family.prompts())):
         found, expected = (family.inputs(processor, index) for processor in (old, new))
         assert found.keys() == expected.keys()
@@ -173,6 +173,23 @@ def test_frames_of_video_llava(says, sampled, tmp_path):
     video = write_video(tmp_path / "clip.mp4", random_video(frames=12))
     frames = processor(text="<video> where ?", videos=[str(video)])["pixel_values_videos"].shape[1]
     assert frames == (sampled[1] or 2)  # 1.2 seconds
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_old_bases_of_qwen(name, tmp_path):
+    """Two frames of a second, as they were trained, and no template of another family."""
+    family = next(family for family in FAMILIES if family.name == name)
+    (tmp_path / "stock").mkdir()
+    stock = family.save_stock_checkpoint(tmp_path / "stock")
+    assert "holds no chat template" in refused(published(stock, tmp_path / "bare"), "--output", tmp_path / "variant")
+    run(published(stock, tmp_path / "base", ()), "--output", tmp_path / "variant")
+    written = json.loads((tmp_path / "variant" / "video_preprocessor_config.json").read_text())
+    assert written["video_processor_type"] == family.config_class.video_processor
+    assert (written["do_sample_frames"], written["fps"]) == (True, 2)
+    processor = family.processor_class.from_pretrained(tmp_path / "variant")
+    video = write_video(tmp_path / "clip.mp4", random_video(frames=40))
+    inputs = processor(text=family.written("<video> where ?"), videos=[str(video)])
+    assert inputs["video_grid_thw"][0, 0] == 4  # pairs of frames of four seconds
 
 
 @needs_other

@@ -1,6 +1,7 @@
 """Every backbone as a small random model beside its stock class: one list for all checks (`tests/model/test_families.py`)."""
 
 import inspect
+import json
 import re
 from dataclasses import dataclass
 
@@ -152,11 +153,15 @@ class Family:
         model.generation_config.max_new_tokens = 4
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
+        self.publish_config(folder / "config.json")
         model.generation_config.save_pretrained(folder)
         self.stock_processor().save_pretrained(folder)
         weights = {self.public_name(name): weight.clone() for name, weight in model.state_dict().items()}
         save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
         return folder
+
+    def publish_config(self, path):
+        """Brings a config.json into the form of the public checkpoints."""
 
     def public_name(self, name):
         """A tensor's name in the public checkpoints of the family, from its name in the module tree."""
@@ -285,6 +290,20 @@ class QwenFamily(Family):
 
     def written(self, text):
         return re.sub(r"<(image|video)>", r"<|vision_start|><|\1_pad|><|vision_end|>", text)
+
+    def publish_config(self, path):
+        """As older transformers wrote it, and of Qwen2.5-VL without a block for the language model."""
+        values = json.loads(path.read_text())
+        text = values.pop("text_config")
+        rope = text.pop("rope_parameters", None)
+        if rope is not None:
+            text |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+        if self.name == "qwen2_5_vl":
+            text["rope_scaling"] = {"type": "mrope", "mrope_section": text["rope_scaling"]["mrope_section"]}
+            values = {**text, **values}
+        else:
+            values["text_config"] = text
+        path.write_text(json.dumps(values))
 
     def public_name(self, name):
         if self.name == "qwen3_vl":
