@@ -64,15 +64,25 @@ def loaded(variant, folder):
     return run_step("everywhere", None, folder / "home", repo=variant)
 
 
-def check(family, found, expected):
+def check(family, found, expected, across_lines=False):
     """Every way of loading gives this family's classes and what `expected` gave."""
+    # 5.x leaves marks around a video with timestamps that 4.57 takes away, as the stock classes do.
+    kinds = 1 if across_lines and family.has_timestamps else 2
+    seen_by = (
+        lambda fingerprint: {  # noqa: E731
+            **fingerprint,
+            "prompt": fingerprint["prompt"][:kinds],
+            "logits": fingerprint["logits"][: 16 * kinds],
+            "answer": fingerprint["answer"][: 4 * kinds],
+        }
+    )
     assert found["config"] == family.config_class.__name__
     assert found["processor"] == found["pipeline"] == family.processor_class.__name__
     fingerprints = list(expected["seen"].values())
     assert len(found["seen"]) == 3  # three Auto classes on either line
     for name, fingerprint in found["seen"].values():
         assert name == family.model_class.__name__
-        assert_same(fingerprint, fingerprints[0][1], KEEP_RATIO)
+        assert_same(seen_by(fingerprint), seen_by(fingerprints[0][1]), KEEP_RATIO)
     assert found["weights"] == expected["weights"]
 
 
@@ -198,7 +208,7 @@ def test_what_one_line_saved_the_other_one_loads(family, variant, folder, loaded
     lines = [sys.executable, OTHER_PYTHON] if first == "this" else [OTHER_PYTHON, sys.executable]
     saved = folder / f"saved by {first}"
     run_step("saved_again", None, folder / "home", python=lines[0], repo=variant, folder=saved)
-    check(family, run_step("everywhere", None, folder / "home", python=lines[1], repo=saved), loaded)
+    check(family, run_step("everywhere", None, folder / "home", python=lines[1], repo=saved), loaded, across_lines=True)
 
 
 @pytest.fixture(scope="module")
@@ -213,4 +223,4 @@ def test_pushed_and_loaded_by_id(family, pushed, loaded):
 @needs_other
 def test_the_other_line_loads_by_id_what_this_one_pushed(family, hub, pushed, folder, loaded):
     found = run_step("everywhere", hub, folder / "home-other", python=OTHER_PYTHON, repo=f"me/{family.name}")
-    check(family, found, loaded)
+    check(family, found, loaded, across_lines=True)

@@ -226,8 +226,8 @@ FAMILIES = [
 
 
 MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-QWEN_TEMPLATE = re.sub(
-    r"<{{ part\['type'\] }}>\\n", "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>", CHAT_TEMPLATE
+QWEN_TEMPLATE = CHAT_TEMPLATE.replace(
+    "<{{ part['type'] }}>\n", "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>"
 )
 
 

@@ -36,7 +36,9 @@ def inputs_of(processor, kind, **kwargs) -> dict:
     """A question about one image or one video, both of noise."""
     content = [{"type": kind}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    media = {"image": {"images": [Image.fromarray(pixels(32, 32, 3))]}, "video": {"videos": [pixels(4, 32, 32, 3)]}}
+    # Where nobody says how fast a video is, the two lines have different opinions.
+    video = {"videos": [pixels(4, 32, 32, 3)], "video_metadata": [{"total_num_frames": 4, "fps": 2.0}]}
+    media = {"image": {"images": [Image.fromarray(pixels(32, 32, 3))]}, "video": video}
     return processor(text=prompt, **media[kind], **kwargs)
 
 
