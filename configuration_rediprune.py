@@ -8,9 +8,9 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextVideoConfig,
     LlavaOnevisionConfig,
-    SiglipVisionConfig,
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
+    SiglipVisionConfig,
     VideoLlavaConfig,
 )
 

@@ -7,7 +7,6 @@ import os
 import re
 
 import numpy as np
-import torch
 from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
@@ -18,11 +17,10 @@ from .hub_versions import TRANSFORMERS_4
 from .inputs_chat import contents_as_lists, plain_messages, plain_text, plain_tools
 from .inputs_download import MAX_BYTES, TIMEOUT, download
 from .inputs_media import flat_images, is_empty
+from .inputs_questions import QuestionInputsMixin
 from .inputs_reading import check_lengths, check_prompts, check_text, read_images, sample_videos
-from .inputs_text_tower import question_segments
 from .inputs_tokenizing import OneAtATime
 from .inputs_video import frame_indices
-from .inputs_words import content_words
 
 
 class PrunedProcessorKwargs(ProcessingKwargs, total=False):
@@ -34,7 +32,7 @@ def side_of_pictures(part, crop_size=None) -> int:
     return (crop_size or getattr(part, "crop_size", None) or part.size)["height"]
 
 
-class PrunedProcessorMixin:
+class PrunedProcessorMixin(QuestionInputsMixin):
     """
     For processor classes, before the stock class: one placeholder for each visual token that stays.
 
@@ -209,50 +207,6 @@ class PrunedProcessorMixin:
         if text is not None and not (images is None and videos is None and encoded_media is None):
             outputs.update(caller.question_inputs(text))
         return outputs
-
-    def question_inputs(self, prompts: list) -> dict:
-        """The questions of prompts in the forms that the pruning block asks for: `clip_inputs`, `word_inputs`, or nothing."""
-        inputs = self.clip_inputs(prompts) if self.pruning.reads_clip else {}
-        return {**inputs, **self.word_inputs(prompts)} if self.pruning.reads_words else inputs
-
-    def clip_inputs(self, prompts: list) -> dict:
-        """
-        The questions of prompts for the text tower of the pruning block.
-
-        Returns:
-            `clip_input_ids` and `clip_attention_mask`, LongTensors (prompts, segments, tokens), see `question_segments`.
-        """
-        ids, mask = question_segments(self.pruning.text_tower, self._questions(prompts))
-        return {"clip_input_ids": ids, "clip_attention_mask": mask}
-
-    def word_inputs(self, prompts: list) -> dict:
-        """
-        The content words of the questions of prompts, tokenized by themselves.
-
-        Returns:
-            `word_input_ids`, LongTensor (prompts, tokens), with -1 after those of the shorter ones.
-        """
-        texts = [" ".join(content_words(question)) for question in self._questions(prompts)]
-        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        rows = torch.full((len(ids), max(map(len, ids))), -1)
-        for row, tokens in zip(rows, ids):
-            row[: len(tokens)] = torch.tensor(tokens)
-        return {"word_input_ids": rows}
-
-    def _questions(self, prompts: list) -> list:
-        """Of each prompt what follows the last placeholder, without what the chat template adds to ask for an answer."""
-        either_token = "|".join(map(re.escape, self.placeholders.values()))
-        questions = [re.split(either_token, prompt)[-1].strip() for prompt in prompts]
-        ending = self._generation_prompt()
-        return [question.removesuffix(ending).strip() for question in questions]
-
-    def _generation_prompt(self) -> str:
-        """What the chat template puts after a question to ask for an answer, such as `"ASSISTANT:"`."""
-        if not isinstance(self.chat_template, str):
-            return ""
-        chat = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-        asked = self.apply_chat_template(chat, add_generation_prompt=True)
-        return asked.removeprefix(self.apply_chat_template(chat, add_generation_prompt=False)).strip()
 
     def _frame_size(self, pixels: int) -> FrameSize:
         """Of pictures whose side has so many pixels after preprocessing."""

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .inputs_chat import BREAK  # noqa: F401
     from .inputs_download import TIMEOUT  # noqa: F401
     from .inputs_media import is_empty  # noqa: F401
+    from .inputs_questions import QuestionInputsMixin  # noqa: F401
     from .inputs_reading import check_prompts  # noqa: F401
     from .inputs_text_tower import SEGMENT  # noqa: F401
     from .inputs_tokenizing import OneAtATime  # noqa: F401

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from families import FAMILIES, FRAMES, placed, row_of, stock_inputs
-from rediprune.methods_base import CLS_SIGNALS, Method
+from rediprune.methods_base import Method
 from rediprune.methods_registry import METHODS
 from safetensors.torch import load_file, save_file
 from tiny import PATCHES, random_image, random_video
