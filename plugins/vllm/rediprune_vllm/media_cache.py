@@ -37,6 +37,10 @@ class MediaCache:
             _, oldest = self._media.popitem(last=False)
             self.num_bytes -= _size(oldest)
 
+    def clear(self) -> None:
+        self._media.clear()
+        self.num_bytes = 0
+
 
 def _moved(signals: dict, device) -> dict:
     # Views of a batch of views would keep, and count, the whole batch.

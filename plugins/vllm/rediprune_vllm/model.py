@@ -91,6 +91,10 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         self._encode(item, pixels, sizes, pruning, bytes(fields["media_key"].tolist()))
         vision.prune_items([item], pruning, self._question(fields, pruning))
         embeds = vision.project_items([item], pruning)
+        if len(embeds) != int(fields["num_tokens"]):  # vLLM would leave out the rest of them
+            raise RuntimeError(
+                f"{len(embeds)} tokens of a {kind} stay, but its prompt has {int(fields['num_tokens'])} placeholders"
+            )
         return torch.cat([embeds, marks(item, embeds)], dim=-1) if self.moves_positions else embeds
 
     def _encode(self, item, pixels: dict, sizes, pruning, media_key: bytes) -> None:

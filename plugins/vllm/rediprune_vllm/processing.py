@@ -32,11 +32,12 @@ class Info(BaseProcessingInfo):
 
     @cached_property
     def processor(self):
-        """The processor of the variant."""
+        """The processor of the variant, with the pruning block of the engine, which `--hf-overrides` may have changed."""
         model_config = self.ctx.model_config
-        return class_of(model_config, "AutoProcessor").from_pretrained(
-            model_config.model, revision=model_config.revision
-        )
+        processor_class = class_of(model_config, "AutoProcessor")
+        processor = processor_class.from_pretrained(model_config.model, revision=model_config.revision)
+        processor.set_pruning(self.config.pruning.to_dict())
+        return processor
 
     @cached_property
     def model_class(self):
