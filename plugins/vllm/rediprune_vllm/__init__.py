@@ -31,7 +31,7 @@ def register() -> None:
         ModelRegistry.register_model(family, "rediprune_vllm.model:PrunedModel")
         MODELS_CONFIG_MAP[family] = PrunedConfig
     if NAME not in RENDERER_REGISTRY.renderers:
-        RENDERER_REGISTRY.register(NAME, "rediprune_vllm.chat", "PlainTextRenderer")
+        RENDERER_REGISTRY.register(NAME, "rediprune_vllm.chat", "ChatRenderer")
         TokenizerRegistry.register(NAME, "vllm.tokenizers.hf", "CachedHfTokenizer")
         VIDEO_LOADER_REGISTRY.register(NAME)(UndecodedVideo)
         register_model_loader(NAME)(LinkedLoader)

@@ -65,7 +65,7 @@ class Info(BaseProcessingInfo):
         Raises:
             ValueError: another one than those of `OPTIONS`. With more a request could choose the size of pictures.
         """
-        unknown = sorted(set(options) - {*OPTIONS, QUESTION})
+        unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
             raise ValueError(
                 f"mm_processor_kwargs has {', '.join(map(repr, unknown))}, but takes {', '.join(OPTIONS)} alone; all else is set "

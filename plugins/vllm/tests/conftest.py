@@ -14,6 +14,7 @@ os.environ.update(
 )
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "scripts")]
 
+import code_package  # noqa: E402,F401  the code files as the package `rediprune`
 import pytest  # noqa: E402
 from served import Reference, Served  # noqa: E402
 

@@ -96,12 +96,12 @@ class Reference:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options).eval()
         self.processor = AutoProcessor.from_pretrained(folder, **options)
 
-    def inputs(self, media, question, **options):
+    def inputs(self, media, question, text=None, **options):
         files = {
             "images": [Image.open(SAMPLES / name) for name in media if kind_of(name) == "image"] or None,
             "videos": [str(SAMPLES / name) for name in media if kind_of(name) == "video"] or None,
         }
-        return self.processor(text=prompt_of(media, question), **files, **options)
+        return self.processor(text=text or prompt_of(media, question), **files, **options)
 
     def answers(self, asked, max_tokens=8, options=()) -> list:
         """As `Served.answers`, one after the other."""

@@ -36,7 +36,7 @@ def nothing_cached(both):
 def forget(engine):
     engine.llm.reset_prefix_cache()
     engine.llm.reset_mm_cache()
-    engine.llm.reset_encoder_cache()
+    engine.llm.llm_engine.reset_encoder_cache()
     engine.model.media.clear()
 
 

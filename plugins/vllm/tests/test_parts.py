@@ -1,0 +1,71 @@
+"""The parts of the package that need no engine."""
+
+import pytest
+import torch
+from rediprune_vllm.attention import wide_head
+from rediprune_vllm.loading import parts_of_checkpoint
+from rediprune_vllm.media_cache import MediaCache
+
+
+def sets_of(size: int) -> list:
+    return [{"features": torch.arange(size, dtype=torch.float32).view(1, -1, 1)}]
+
+
+def test_the_medium_that_was_not_used_for_longest_goes():
+    cache = MediaCache(max_bytes=3 * 40)
+    for key in "abc":
+        cache.put(key, sets_of(10))
+    assert cache.get("a", "cpu")[0]["features"].equal(sets_of(10)[0]["features"])
+    cache.put("d", sets_of(10))
+    assert cache.get("b", "cpu") is None and cache.num_bytes == 3 * 40
+    cache.put("large", sets_of(31))
+    assert cache.get("large", "cpu") is None and cache.get("a", "cpu") is not None
+    cache.put("two", sets_of(20))
+    assert cache.num_bytes == 3 * 40
+
+
+def test_what_is_kept_holds_no_larger_tensor():
+    batch = torch.zeros(100, 10)
+    cache = MediaCache(max_bytes=1000)
+    cache.put("a", [{"features": batch[:1]}])
+    (kept,) = cache._media.values()
+    assert kept[0]["features"].untyped_storage().nbytes() == cache.num_bytes == 40
+
+
+@pytest.mark.parametrize("size, wide", [(32, 64), (64, 96), (80, 96), (96, 128), (126, 128), (128, 160)])
+def test_heads_with_spare_channels(size, wide):
+    assert wide_head(size) == wide
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_marks_go_through_every_dtype_whole(dtype):
+    from types import SimpleNamespace
+
+    from rediprune.core_layout import Layout, TokenGrid
+    from rediprune_vllm.model import marks, read_marks
+
+    kept = torch.tensor([0, 7, 4000, 99_999])
+    item = SimpleNamespace(
+        kept=kept, layout=Layout("video", (TokenGrid(1, 1, 100_000),)), token_sizes=torch.tensor([1.0, 257, 65_537, 3])
+    )
+    embeds = torch.zeros(4, 8, dtype=dtype)
+    wide = torch.cat([embeds, marks(item, embeds)], dim=1)
+    sizes, shifts = read_marks(wide[1:, 8:]).T
+    assert sizes.tolist() == [257, 65_537, 3] and shifts.tolist() == [6, 3998, 99_996]
+
+
+def test_names_of_every_version_of_transformers():
+    names = {
+        "language_model.model.layers.0.mlp.up_proj.weight": ("language_model", "model.layers.0.mlp.up_proj.weight"),
+        "model.language_model.layers.0.mlp.up_proj.weight": ("language_model", "model.layers.0.mlp.up_proj.weight"),
+        "language_model.lm_head.weight": ("language_model", "lm_head.weight"),
+        "lm_head.weight": ("language_model", "lm_head.weight"),
+        "vision_tower.vision_model.embeddings.x": ("vision", "model.vision_tower.embeddings.x"),
+        "model.vision_tower.embeddings.x": ("vision", "model.vision_tower.embeddings.x"),
+        "video_tower.vision_model.embeddings.x": ("vision", "model.video_tower.embeddings.x"),
+        "model.multi_modal_projector.linear_1.bias": ("vision", "model.multi_modal_projector.linear_1.bias"),
+        "image_newline": ("vision", "model.image_newline"),
+        "model.image_newline": ("vision", "model.image_newline"),
+    }
+    found = [(part, name) for part, name, _ in parts_of_checkpoint((name, None) for name in names)]
+    assert found == list(names.values())
