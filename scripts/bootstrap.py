@@ -88,11 +88,11 @@ def install(python, requirements):
     say(f"{time.monotonic() - start:5.0f} s  done")
 
 
-def make_environment(environment, requirements, base=None):
+def make_environment(environment, requirements, base=None, install=install):
     """
     Makes the virtual environment if it is missing, out of date or incomplete.
 
-    `base`: an environment whose packages this one sees.
+    `base`: an environment whose packages this one sees; `install(python, requirements)` fills it.
     """
     # Virtual environments know their own place, so a moved one counts as out of date.
     made_from = [sys.version, str(environment), *requirements]

@@ -15,9 +15,13 @@ SETTINGS = {
 }
 
 
+ALL = ("rediprune", "rediprune_plus", "merged")  # that are asked all of the questions
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_hundred_questions(setting, serve, questions):
+def test_questions_about_every_sample(setting, serve, questions):
     engine, reference = serve(**SETTINGS[setting])
     asked = [([MEDIA[index % len(MEDIA)]], question) for index, question in enumerate(questions)]
+    asked = asked if setting in ALL else asked[:20]
     assert engine.answers(asked) == reference.answers(asked)
     assert set(engine.pruned) == reference.pruned(asked)
