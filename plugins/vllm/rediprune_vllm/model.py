@@ -49,7 +49,7 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         self.vision = _without_language_model(model_class, config)
         text_config = copy.deepcopy(config.text_config)
         if self.moves_positions:  # tokens stand where they stood in the unpruned prompt
-            text_config.max_position_embeddings = max(POSITIONS, text_config.max_position_embeddings)
+            text_config.max_position_embeddings = POSITIONS + model_config.max_model_len
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config, hf_config=text_config, prefix=maybe_prefix(prefix, "language_model")
@@ -136,6 +136,7 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
                 end = feature.mm_position.offset + feature.mm_position.length
                 unpruned = feature.data[f"{feature.modality}_num_unpruned"].data
                 positions[end:] += int(unpruned) - feature.mm_position.length
+        positions.clamp_max_(POSITIONS)  # such prompts are refused, but for media that were there before
         return positions.expand(3, -1).clone(), int(positions[-1]) + 1 - len(positions)
 
     def recompute_mrope_positions(
@@ -165,7 +166,7 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         places = is_medium.nonzero()[: len(sizes), 0]
         if self.config.pruning.resolved("positions") != "original":
             shifts = torch.zeros_like(shifts)
-        positions[0, places] = positions[2, places] + shifts
+        positions[0, places] = (positions[2, places] + shifts).clamp_max(POSITIONS)
         positions[1, places] = positions[0, places] + sizes - 1
         return [embeds[:, :width] for embeds in multimodal_embeddings], positions, delta
 

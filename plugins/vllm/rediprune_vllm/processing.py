@@ -132,7 +132,7 @@ class Processor(BaseMultiModalProcessor[Info]):
         As in vLLM.
 
         Raises:
-            ValueError: placeholders and media differ in number, or the prompt is too long where nothing is pruned.
+            ValueError: placeholders and media differ in number, or the prompt is too long before pruning.
         """
         counts = inputs.mm_data_items.get_all_counts()
         ids = {kind: self.info.token_id(kind) for kind in self.info.kinds}
@@ -154,16 +154,20 @@ class Processor(BaseMultiModalProcessor[Info]):
         return outputs
 
     def _check_length(self, outputs) -> None:
-        skipped = 0
+        """Refuses a prompt whose unpruned length is out of range, where tokens keep the positions that they had there."""
+        if self.info.config.pruning.resolved("positions") != "original":
+            return
+        total = len(outputs["prompt_token_ids"])
         for kind, items in outputs["mm_kwargs"].items():
             for item in items:
-                if item is not None:
-                    skipped += int(item[f"{kind}_num_unpruned"].data) - int(item[f"{kind}_num_tokens"].data)
-        total = len(outputs["prompt_token_ids"]) + skipped
+                if item is not None:  # of an item that the engine has already there is no more than its name
+                    total += int(item[f"{kind}_num_unpruned"].data) - int(item[f"{kind}_num_tokens"].data)
         if total > POSITIONS:
             raise ValueError(
                 f"the prompt has {total} tokens before pruning, but may have {POSITIONS}; send fewer or shorter media."
             )
+        positions = part_of(self.info.model_class, "core_positions")
+        positions.warn_beyond_context(self.info.config.text_config, torch.tensor([[0, total - 1]]))
 
     def _apply_hf_processor_main(self, mm_items, hf_kwargs) -> BatchFeature:
         options = dict(hf_kwargs)
