@@ -1,6 +1,7 @@
 """Prompts: media become pixels and as many placeholders as tokens stay, and the question travels with each medium."""
 
 import hashlib
+import os
 from dataclasses import replace
 from functools import cached_property
 
@@ -81,17 +82,20 @@ class Info(BaseProcessingInfo):
 
 
 class Parser(MultiModalDataParser):
-    """Media as vLLM hands them on; videos as files (uint8, one dimension), arrays or lists of frames."""
+    """Media as vLLM hands them on; videos as files (bytes, or uint8 of one dimension), arrays or lists of frames."""
 
     def _parse_video_data(self, data):
         if data is None:
             return None
-        is_one = getattr(data, "ndim", 0) == 4 or isinstance(data, tuple) or _is_frame(data[0])
+        if isinstance(data, (str, os.PathLike)):  # whose content could change while vLLM knows it by its name
+            raise ValueError(
+                f"the video is {str(data)!r}, but must be the content of a file, or frames; read it first."
+            )
+        is_frame = lambda value: hasattr(value, "getbands") or getattr(value, "ndim", 0) == 3  # noqa: E731
+        is_one = (
+            isinstance(data, (bytes, tuple)) or getattr(data, "ndim", 0) in (1, 4) or len(data) and is_frame(data[0])
+        )
         return VideoProcessorItems([data] if is_one else list(data))
-
-
-def _is_frame(value) -> bool:
-    return hasattr(value, "getbands") or getattr(value, "ndim", 0) == 3
 
 
 class DummyInputs(BaseDummyInputsBuilder[Info]):

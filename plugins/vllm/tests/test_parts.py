@@ -69,3 +69,19 @@ def test_names_of_every_version_of_transformers():
     }
     found = [(part, name) for part, name, _ in parts_of_checkpoint((name, None) for name in names)]
     assert found == list(names.values())
+
+
+def test_videos_as_they_are_passed():
+    import numpy as np
+    from PIL import Image
+    from rediprune_vllm.processing import Parser
+
+    parser = Parser(expected_hidden_size=None, allow_missing_mm_embeddings=False)
+    count = lambda data: parser._parse_video_data(data).get_count()  # noqa: E731
+    file, frames = np.zeros(9, np.uint8), np.zeros((4, 8, 8, 3), np.uint8)
+    for one in (b"file", file, frames, list(frames), [Image.new("RGB", (8, 8))] * 3, (frames, {})):
+        assert count(one) == 1
+        assert count([one, one]) == 2
+    assert count([]) == 0
+    with pytest.raises(ValueError, match="content of a file"):
+        parser._parse_video_data("clip.mp4")
