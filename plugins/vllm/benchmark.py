@@ -36,6 +36,8 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES, SIDE, PATCH = 8, 192, 8  # 24 x 24 patches a frame, 12 x 12 tokens after pooling
+# The command `vllm`, also in the environment of the tests.
+VLLM = [sys.executable, str(ROOT / "plugins" / "vllm" / "cli.py")]
 QUESTION = "what colour is the star?"
 
 
@@ -118,7 +120,7 @@ def start_server(variant: Path, dtype: str, log) -> tuple:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(variant), "--trust-remote-code"]
+    command = [*VLLM, "serve", str(variant), "--trust-remote-code"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "variant", "--dtype", dtype]
     command += ["--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **os.environ}

@@ -131,6 +131,18 @@ class DummyInputs(BaseDummyInputsBuilder[Info]):
 class Processor(BaseMultiModalProcessor[Info]):
     """The processor of the variant, one medium after the other; the question is the text after the last of them."""
 
+    def get_dummy_inputs(self, seq_len, mm_counts, mm_options):
+        """Media unpruned where a prompt can hold them, since a request may ask for that: vLLM makes room for what it sees here."""
+        inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
+        options = {"keep_ratio": 1.0}
+        numbers = [
+            int(self._process(kind, medium, options)["num_tokens"])
+            for kind, items in inputs.mm_data_items.items()
+            for medium in items.get_all()
+        ]
+        fits = sum(numbers) <= self.info.ctx.model_config.max_model_len
+        return replace(inputs, hf_processor_mm_kwargs=options) if fits else inputs
+
     def apply(self, inputs, timing_ctx):
         """
         As in vLLM.

@@ -23,7 +23,7 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(ROOT), "--trust-remote-code"]
+    command = [sys.executable, str(ROOT / "plugins" / "vllm" / "cli.py"), "serve", str(ROOT), "--trust-remote-code"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "variant"]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
     with open(log, "wb") as output:
