@@ -16,13 +16,13 @@ def wide_head(size: int) -> int:
 
 class ProportionalAttention(LlamaAttention):
     """
-    Attention of a Llama whose positions are three rows: the position, the position + s - 1, and one that is not read.
+    Attention of a Llama whose positions are rows: the position, the position + s - 1, and others that are not read.
 
     A query has 1 / scaling in the spare channels, so that the logit of a key gets log s; what is in the key stays in the cache.
     """
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`positions` (3, T), `hidden_states` (T, H); returns (T, H)."""
+        """`positions` (4, T), `hidden_states` (T, H); returns (T, H)."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions[0], q, k)

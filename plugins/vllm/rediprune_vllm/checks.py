@@ -49,9 +49,9 @@ class PrunedConfig(VerifyAndUpdateConfig):
         pruning = _pruning(model_config)
         if moves_positions(pruning):
             text_config = model_config.hf_config.get_text_config()
-            # Three rows of positions for each token, and embeddings that bring their own: what vLLM has for M-RoPE and for
+            # Four rows of positions for each token, and embeddings that bring their own: what vLLM has for M-RoPE and for
             # its own video pruning.
-            text_config.rope_parameters = {**text_config.rope_parameters, "mrope_section": [1, 0, 0]}
+            text_config.rope_parameters = {**text_config.rope_parameters, "mrope_section": [1, 0, 0, 0]}
             multimodal.video_pruning_rate = 0.5  # any: vLLM asks only whether there is one
             kind = text_config.rope_parameters.get("rope_type", "default")
             if kind not in ("default", "linear", "llama3"):
@@ -101,7 +101,7 @@ class PrunedConfig(VerifyAndUpdateConfig):
 def moves_positions(pruning) -> bool:
     """Whether tokens have positions, or weights, of their own under a pruning block."""
     return pruning.prunes and (
-        pruning.resolved("positions") == "original" or bool(pruning.resolved("proportional_attention"))
+        pruning.resolved("positions") != "compact" or bool(pruning.resolved("proportional_attention"))
     )
 
 

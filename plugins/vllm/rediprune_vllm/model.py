@@ -44,7 +44,10 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         model_config = vllm_config.model_config
         model_class = class_of(model_config, "AutoModelForImageTextToText")
         self.config = config = plain_config(model_class, model_config.hf_config)
-        self.code = {name: part_of(model_class, name) for name in ("core_items", "core_question", "methods_registry")}
+        self.code = {
+            name: part_of(model_class, name)
+            for name in ("core_items", "core_positions", "core_question", "methods_registry")
+        }
         self.moves_positions = moves_positions(config.pruning)
         self.vision = _without_language_model(model_class, config)
         text_config = copy.deepcopy(config.text_config)
@@ -57,10 +60,9 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         self.weighs = config.pruning.prunes and bool(config.pruning.resolved("proportional_attention"))
         if self.weighs:
             make_proportional(self.language_model, vllm_config)
-        ids = [config.image_token_id, getattr(config, "video_token_id", None)]
-        self.configure_mm_token_handling(
-            config.text_config.vocab_size, [number for number in ids if number is not None]
-        )
+        ids = (config.image_token_id, getattr(config, "video_token_id", None))
+        self.media_tokens = [token_id for token_id in ids if token_id is not None]
+        self.configure_mm_token_handling(config.text_config.vocab_size, self.media_tokens)
         gib = (vllm_config.additional_config or {}).get(CACHE_OPTION, CACHE_GIB)
         self.media = MediaCache(int(gib * 2**30))
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
@@ -83,7 +85,8 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
 
     def _embed_item(self, kind: str, fields: dict) -> torch.Tensor:
         vision = self.vision
-        pruning = vision.config.pruning.with_keep_ratio(float(fields["keep_ratio"]))
+        ratio, tokens = float(fields["keep_ratio"]), int(fields["keep_tokens"])
+        pruning = vision.config.pruning.with_budget(ratio or None, tokens or None)
         pixels = {"image": None, "video": None, kind: fields["pixels"][None]}
         sizes = fields["image_size"][None] if vision.frame_size.pinpoints is not None and kind == "image" else None
         (layout,) = vision.layouts_of(pixels, sizes, pruning)
@@ -100,7 +103,7 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
     def _encode(self, item, pixels: dict, sizes, pruning, media_key: bytes) -> None:
         """Fills in the sets of the item, from the cache where it was asked about before."""
         merges = pruning.prunes and self.code["methods_registry"].METHODS[pruning.method].merges_in_encoder
-        key = (item.kind, media_key, pruning.prunes, pruning.keep_ratio if merges else None)
+        key = (item.kind, media_key, pruning.prunes, pruning.budget if merges else None)
         item.sets = self.media.get(key, pixels[item.kind].device)
         if item.sets is None:
             self.vision.encode_items([item], pixels, sizes, pruning)
@@ -124,20 +127,20 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
 
     def get_mrope_input_positions(self, input_tokens: list, mm_features: list) -> tuple:
         """
-        Three rows of positions (3, T) before it is known which tokens stay, and how much later the answer begins.
+        Four rows of positions (4, T) before it is known which tokens stay, and how much later the answer begins.
 
-        The rows are the position, the position + s - 1 for a token that stands for s, and where a token would stand if those
-        that are left out of its medium were at its end. What is later than a medium is right by then: how many tokens are left
-        out is known.
+        The rows are the position; the position + s - 1 of a token that stands for s; how many tokens are left out before the
+        medium that a token is of, or before the token itself; and how many are left out in all. What is later than a medium is
+        right by then: how many of its tokens are left out is known.
         """
-        positions = torch.arange(len(input_tokens))
-        if self.config.pruning.resolved("positions") == "original":
+        rows = torch.zeros(4, len(input_tokens), dtype=torch.long)
+        if self.config.pruning.resolved("positions") != "compact":
             for feature in mm_features:
-                end = feature.mm_position.offset + feature.mm_position.length
-                unpruned = feature.data[f"{feature.modality}_num_unpruned"].data
-                positions[end:] += int(unpruned) - feature.mm_position.length
-        positions.clamp_max_(POSITIONS)  # such prompts are refused, but for media that were there before
-        return positions.expand(3, -1).clone(), int(positions[-1]) + 1 - len(positions)
+                left_out = int(feature.data[f"{feature.modality}_num_unpruned"].data) - feature.mm_position.length
+                rows[2, feature.mm_position.offset + feature.mm_position.length :] += left_out
+                rows[3] += left_out
+        rows[:2], delta = self._positions(rows)
+        return rows, delta
 
     def recompute_mrope_positions(
         self, input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
@@ -148,27 +151,40 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         Args:
             input_ids: (T,) of the prompt.
             multimodal_embeddings: of the media's tokens from `num_computed_tokens` on, in their order, as far as they are there.
-            mrope_positions: (3, T).
+            mrope_positions: (4, T).
 
         Returns:
-            the embeddings (k, H), positions (3, T), and how much later the answer begins.
+            the embeddings (k, H), positions (4, T), and how much later the answer begins.
         """
-        positions = mrope_positions.clone()
-        delta = int(positions[2, -1]) + 1 - positions.shape[1]
+        rows = mrope_positions.clone()
         if not len(multimodal_embeddings):
-            return multimodal_embeddings, positions, delta
+            return multimodal_embeddings, rows, self._positions(rows)[1]
         width = self.config.text_config.hidden_size
-        sizes, shifts = read_marks(torch.cat([embeds[:, width:] for embeds in multimodal_embeddings])).to(positions).T
-        ids = torch.as_tensor(input_ids, device=positions.device)[: positions.shape[1]]
-        tokens = [self.config.image_token_id, getattr(self.config, "video_token_id", None)]
-        is_medium = torch.isin(ids, torch.tensor([token for token in tokens if token is not None], device=ids.device))
+        sizes, shifts = read_marks(torch.cat([embeds[:, width:] for embeds in multimodal_embeddings])).to(rows).T
+        ids = torch.as_tensor(input_ids, device=rows.device)[: rows.shape[1]]
+        is_medium = torch.isin(ids, torch.tensor(self.media_tokens, device=ids.device))
         is_medium[:num_computed_tokens] = False
         places = is_medium.nonzero()[: len(sizes), 0]
-        if self.config.pruning.resolved("positions") != "original":
-            shifts = torch.zeros_like(shifts)
-        positions[0, places] = (positions[2, places] + shifts).clamp_max(POSITIONS)
-        positions[1, places] = positions[0, places] + sizes - 1
-        return [embeds[:, :width] for embeds in multimodal_embeddings], positions, delta
+        gaps = rows.clone()
+        if self.config.pruning.resolved("positions") != "compact":
+            gaps[2, places] += shifts
+        positions, delta = self._positions(gaps)
+        rows[0, places] = positions[places]
+        rows[1, places] = positions[places] + sizes - 1
+        return [embeds[:, :width] for embeds in multimodal_embeddings], rows, delta
+
+    def _positions(self, rows: torch.Tensor) -> tuple:
+        """Positions (T,) that leave out what the rows (4, T) do, shrunk where they have to be, and how much later the answer is."""
+        columns = torch.arange(rows.shape[1], device=rows.device) + rows[2]
+        total = rows[3, :1]
+        if self.config.pruning.resolved("positions") == "scaled":
+            core, skipped = self.code["core_positions"], torch.zeros_like(columns)
+            skipped[-1:] = total
+            room = core.room_for_gaps(self.config.text_config, torch.full_like(total, len(columns)), total)
+            columns, skipped = (values[0] for values in core.shrunk_columns(columns[None], skipped[None], room))
+            total = skipped.sum()
+        # Prompts with later positions are refused, but for media that the engine had before.
+        return columns.clamp_max(POSITIONS), min(int(total), POSITIONS)
 
     # -- language -----------------------------------------------------------------------------------------------------
 

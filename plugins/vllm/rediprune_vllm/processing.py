@@ -20,7 +20,8 @@ from vllm.multimodal.processing import (
 from .checks import POSITIONS
 from .repository import class_of, part_of, plain_config
 
-OPTIONS = ("keep_ratio", "num_frames", "fps", "do_sample_frames")  # of a request, in `mm_processor_kwargs`
+BUDGET = ("keep_ratio", "keep_tokens")
+OPTIONS = (*BUDGET, "num_frames", "fps", "do_sample_frames")  # of a request, in `mm_processor_kwargs`
 QUESTION = "question_of_prompt"  # among them, set here alone: the token ids of the question
 
 
@@ -209,9 +210,9 @@ class Processor(BaseMultiModalProcessor[Info]):
         if kind == "video" and getattr(medium, "ndim", 0) == 1:
             medium = medium.tobytes()
         token = processor.placeholders[kind]
-        ratio = options.get("keep_ratio")
-        chosen = {name: value for name, value in options.items() if name != "keep_ratio" and kind == "video"}
-        inputs = processor(text=[token], **{f"{kind}s": [medium]}, keep_ratio=ratio, **chosen)
+        budget = {name: options[name] for name in BUDGET if name in options}
+        frames = {name: value for name, value in options.items() if name not in BUDGET and kind == "video"}
+        inputs = processor(text=[token], **{f"{kind}s": [medium]}, **budget, **frames)
         if kind == "video":
             pixels = inputs["pixel_values_videos"][0]
         else:
@@ -225,7 +226,7 @@ class Processor(BaseMultiModalProcessor[Info]):
                 f"a {kind} has {pixels.shape[-2]}x{pixels.shape[-1]} pixels after preprocessing, but the vision tower takes "
                 f"{side}x{side}; set crop_size in the preprocessor's config to that of the checkpoint."
             )
-        pruning = processor.pruning.with_keep_ratio(inputs.get("keep_ratio"))
+        pruning = processor.pruning.with_budget(**budget)
         size = [int(length) for length in inputs["image_sizes"][0]] if "image_sizes" in inputs else None
         frame = processor._frame_size(side)
         layouts = processor.layout_class
@@ -234,7 +235,8 @@ class Processor(BaseMultiModalProcessor[Info]):
             "pixels": pixels.to(self.info.ctx.model_config.dtype),
             "image_size": torch.tensor(size or [0, 0]),
             "media_key": torch.tensor(list(_digest(pixels))),
-            "keep_ratio": torch.tensor(pruning.keep_ratio, dtype=torch.float64),
+            "keep_ratio": torch.tensor(pruning.keep_ratio or 0.0, dtype=torch.float64),
+            "keep_tokens": torch.tensor(pruning.keep_tokens or 0),
             "num_tokens": torch.tensor(layout.num_placeholders(pruning)),
             "num_unpruned": torch.tensor(layout.num_unpruned),
         }

@@ -12,8 +12,10 @@ MEDIA = sorted(path.name for path in SAMPLES.iterdir() if path.suffix in (".png"
 
 
 def prompt_of(media, question: str) -> str:
-    """The prompt of the repository's chat template."""
+    """The prompt of the repository's chat template; one that ends with its media where the question is empty."""
     tokens = "".join(f"<{kind_of(name)}>\n" for name in media)
+    if not question:
+        return f"USER: what colour is the star? ASSISTANT: {tokens.strip()}"
     return f"USER: {tokens}{question} ASSISTANT:"
 
 

@@ -18,6 +18,7 @@ MIXED = [
     ([IMAGE, "image-2.png"], "what colour is the star?"),
     (["image-2.png", VIDEO, IMAGE], "how many triangles do you see?"),
     ([VIDEO, VIDEO], "which way does the star move?"),
+    ([VIDEO], ""),
 ]
 # Prompts are cut in the middle of their media, and blocks of the prefix cache are full before they end.
 ENGINE = {"max_num_batched_tokens": 32, "block_size": 32, "enable_prefix_caching": True, "enable_chunked_prefill": True}
@@ -64,8 +65,7 @@ def test_several_media_in_a_prompt(both):
 
 def test_a_ratio_for_one_request(both):
     engine, reference = both
-    for ratio in (0.05, 0.5, 1.0):
-        options = {"keep_ratio": ratio}
+    for options in ({"keep_ratio": 0.05}, {"keep_ratio": 0.5}, {"keep_tokens": 3}, {"keep_ratio": 1.0}):
         assert engine.answers(ASKED, options=options) == reference.answers(ASKED, options=options)
     assert engine.encoded == 2  # of unpruned media no signals are kept; the others share what the tower gave
 

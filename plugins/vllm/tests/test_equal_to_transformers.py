@@ -1,6 +1,9 @@
 """Answers and kept sets of the engine are those of transformers, in fp32."""
 
+import json
+
 import pytest
+from conftest import ROOT
 from served import MEDIA
 
 SETTINGS = {
@@ -11,6 +14,7 @@ SETTINGS = {
     "merged": {"positions": "original", "proportional_attention": True, "merge_weight": 0.5, "scope": "video"},
     "attention": {"relevance": "attention", "relevance_layer": 2, "scope": "item"},
     "projected": {"relevance": "projected", "distance": "projected", "time_weight": 0.3},
+    "scaled": {"method": "rediprune_plus", "positions": "scaled"},
     "unpooled": {"video_pooling": False, "keep_ratio": 0.05},
 }
 
@@ -25,3 +29,17 @@ def test_questions_about_every_sample(setting, serve, questions):
     asked = asked if setting in ALL else asked[:20]
     assert engine.answers(asked) == reference.answers(asked)
     assert set(engine.pruned) == reference.pruned(asked)
+
+
+@pytest.mark.parametrize("positions", ["scaled", "original"])
+def test_a_video_that_is_longer_than_the_context(positions, serve, questions, tmp_path):
+    """300 tokens before pruning, for a language model that was made for 256."""
+    for file in ROOT.iterdir():
+        if file.is_file() and file.name != "config.json":
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((ROOT / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 256
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine, reference = serve(tmp_path, {"max_model_len": 256}, method="rediprune_plus", positions=positions)
+    asked = [([name], question) for name in MEDIA if name.endswith(".mp4") for question in questions[:4]]
+    assert engine.answers(asked, max_tokens=16) == reference.answers(asked, max_tokens=16)
