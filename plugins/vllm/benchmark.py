@@ -99,7 +99,7 @@ def save_base(folder: Path, layers: int, hidden: int) -> int:
         image_processor=transformers.LlavaNextImageProcessor(
             size={"shortest_edge": SIDE}, crop_size=size, image_grid_pinpoints=config.image_grid_pinpoints
         ),
-        tokenizer=transformers.AutoTokenizer.from_pretrained(ROOT),
+        tokenizer=transformers.PreTrainedTokenizerFast.from_pretrained(ROOT),
         chat_template=(ROOT / "chat_template.jinja").read_text(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -110,7 +110,7 @@ def save_base(folder: Path, layers: int, hidden: int) -> int:
 
 
 def export(base: Path, variant: Path, method: str, keep_ratio: float) -> None:
-    command = [sys.executable, ROOT / "scripts" / "export.py", base, "--link", "--output", variant]
+    command = [sys.executable, ROOT / "scripts" / "export.py", base, "--link", "--no-check", "--output", variant]
     command += ["--method", method, "--keep-ratio", keep_ratio]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
@@ -133,7 +133,7 @@ def start_server(variant: Path, dtype: str, log) -> tuple:
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                sys.exit(f"the server did not start; its log is {log.name}")
+                sys.exit(f"the server did not start:\n{Path(log.name).read_text()[-4000:]}")
             time.sleep(1)
 
 
@@ -169,8 +169,8 @@ def ask(client, video: str, keep_ratio: float, new_tokens: int) -> float:
     return first if first is not None else time.perf_counter() - start
 
 
-def measure(port: int, args) -> list:
-    """One row for each round, number of clients and ratio."""
+def measure(port: int, args, finished_round) -> None:
+    """Hands on one row for each round, number of clients and ratio, all so far after each round."""
     import openai
 
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
@@ -187,7 +187,8 @@ def measure(port: int, args) -> list:
                     row = {"round": turn, "clients": clients, "keep_ratio": ratio}
                     rows.append({**row, "requests_per_second": len(videos) / seconds, "first_token_seconds": firsts})
                     print(clients, ratio, len(videos) / seconds, statistics.median(firsts), flush=True)
-    return rows
+        if turn >= 0:
+            finished_round(rows)
 
 
 def summarise(rows: list, args) -> list:
@@ -245,7 +246,7 @@ def markdown(report: dict) -> str:
         f"{report['load_average'][1]:.1f}.  ",
         f"Random weights, {report['language_parameters'] / 1e6:.0f} million parameters in the language model; videos of {FRAMES} frames, "
         f"{report['visual_tokens']['unpruned']} visual tokens unpruned and {report['visual_tokens']['pruned']} pruned, {args['new_tokens']} "
-        f"new tokens. {args['rounds']} rounds of {args['requests']} requests in each cell after one to warm up, in turns; medians, in brackets "
+        f"new tokens. {report['rounds']} rounds of {args['requests']} requests in each cell after one to warm up, in turns; medians, in brackets "
         "the smallest and the largest round. Every request has a video of its own. The gain is taken round by round.",
         "",
         "| clients | requests a second, unpruned | pruned | gain | first token (s), unpruned | pruned | sooner by |",
@@ -271,29 +272,9 @@ def main():
     import vllm
 
     start, load = time.monotonic(), os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        base, variant = Path(folder, "base"), Path(folder, "variant")
-        base.mkdir()
-        parameters = save_base(base, args.layers, args.hidden)
-        export(base, variant, args.method, args.keep_ratio)
-        processor = transformers.AutoProcessor.from_pretrained(variant, trust_remote_code=True)
-        size = [(FRAMES, SIDE, SIDE)]
-        numbers = {
-            name: processor._get_num_multimodal_tokens(video_sizes=size, keep_ratio=ratio)["num_video_tokens"][0]
-            for name, ratio in (("unpruned", 1.0), ("pruned", args.keep_ratio))
-        }
-        with open(Path(folder, "log"), "w") as log:
-            process, port = start_server(variant, args.dtype, log)
-            try:
-                rows = measure(port, args)
-            finally:
-                process.terminate()
-                process.wait(60)
     report = {
         "command": "python " + shlex.join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
         "arguments": {key: value for key, value in vars(args).items() if key != "output"},
-        "language_parameters": parameters,
-        "visual_tokens": numbers,
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -303,13 +284,33 @@ def main():
             "cpu": cpu_name(),
             "date": datetime.date.today().isoformat(),
         },
-        "load_average": [load, os.getloadavg()[0]],
-        "minutes": (time.monotonic() - start) / 60,
-        "rows": rows,
     }
-    report["summary"] = summarise(rows, args)
-    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(report))
+
+    def write(rows):
+        report.update(load_average=[load, os.getloadavg()[0]], minutes=(time.monotonic() - start) / 60, rows=rows)
+        report["rounds"] = 1 + rows[-1]["round"]
+        report["summary"] = summarise(rows, args)
+        args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        args.output.with_suffix(".md").write_text(markdown(report))
+
+    with tempfile.TemporaryDirectory() as folder:
+        base, variant = Path(folder, "base"), Path(folder, "variant")
+        base.mkdir()
+        report["language_parameters"] = save_base(base, args.layers, args.hidden)
+        export(base, variant, args.method, args.keep_ratio)
+        processor = transformers.AutoProcessor.from_pretrained(variant, trust_remote_code=True)
+        size = [(FRAMES, SIDE, SIDE)]
+        report["visual_tokens"] = {
+            name: processor._get_num_multimodal_tokens(video_sizes=size, keep_ratio=ratio)["num_video_tokens"][0]
+            for name, ratio in (("unpruned", 1.0), ("pruned", args.keep_ratio))
+        }
+        with open(f"{folder}/log", "w") as log:
+            process, port = start_server(variant, args.dtype, log)
+            try:
+                measure(port, args, write)
+            finally:
+                process.terminate()
+                process.wait(60)
     print(args.output.with_suffix(".md").read_text())
 
 

@@ -85,3 +85,55 @@ def test_videos_as_they_are_passed():
     assert count([]) == 0
     with pytest.raises(ValueError, match="content of a file"):
         parser._parse_video_data("clip.mp4")
+
+
+@pytest.mark.parametrize("positions", ["original", "scaled", "compact"])
+@pytest.mark.parametrize("context", [64, 4096])
+def test_positions_are_those_of_transformers(positions, context):
+    """In chunks of every length, and again after a request was put off; media stand side by side, and one ends the prompt."""
+    from types import SimpleNamespace
+
+    from rediprune import core_positions
+    from rediprune.core_items import MediaItem
+    from rediprune.core_layout import Layout, TokenGrid
+    from rediprune_vllm.model import PrunedModel, marks
+
+    text_config = SimpleNamespace(hidden_size=8, max_position_embeddings=context)
+    pruning = SimpleNamespace(resolved=lambda key: positions)
+    model = SimpleNamespace(
+        config=SimpleNamespace(text_config=text_config, pruning=pruning),
+        code={"core_positions": core_positions},
+        media_tokens=[4],
+    )
+    model._positions = lambda rows: PrunedModel._positions(model, rows)
+    items, features, embeds, ids = [], [], [], [5, 6]
+    for frames, kept, text in ((2, [1, 7, 8, 30], 0), (1, [0, 15], 3), (2, [3, 31], 0)):
+        layout = Layout("video", (TokenGrid(frames, 4, 4),))
+        item = MediaItem(layout, row=0, kept=torch.tensor(kept), token_sizes=torch.arange(len(kept)) + 1.0)
+        where = SimpleNamespace(offset=len(ids), length=len(kept))
+        unpruned = SimpleNamespace(data=torch.tensor(layout.num_unpruned))
+        features.append(SimpleNamespace(mm_position=where, modality="video", data={"video_num_unpruned": unpruned}))
+        plain = torch.zeros(len(kept), 8)
+        embeds.append(torch.cat([plain, marks(item, plain)], dim=1))
+        items.append(item)
+        ids += [4] * len(kept) + [7] * text
+    mask = torch.tensor([ids]) == 4
+    expected, skipped = core_positions.unpruned_columns({"video": mask}, items)
+    if positions == "scaled":
+        room = core_positions.room_for_gaps(text_config, torch.tensor([len(ids)]), skipped.sum(1))
+        expected, skipped = core_positions.shrunk_columns(expected, skipped, room)
+    if positions == "compact":
+        expected, skipped = torch.arange(len(ids))[None], torch.zeros_like(skipped)
+    sizes = torch.ones(len(ids), dtype=torch.long)
+    sizes[mask[0]] = torch.cat([item.token_sizes.long() for item in items])
+    flat = torch.cat(embeds)
+    for chunk in range(1, len(ids) + 1):
+        rows, delta = PrunedModel.get_mrope_input_positions(model, ids, features)
+        for start in [*range(0, len(ids), chunk), *range(0, len(ids), chunk)]:
+            before, inside = int(mask[0, :start].sum()), int(mask[0, start : start + chunk].sum())
+            given = [flat[before : before + inside]] if inside else []
+            found, rows, delta = PrunedModel.recompute_mrope_positions(model, ids, given, rows, start)
+            assert all(embeds.shape[1] == 8 for embeds in found)
+        assert rows[0].tolist() == expected[0].tolist()
+        assert (rows[1] - rows[0] + 1).tolist() == sizes.tolist()
+        assert delta == int(skipped.sum())
