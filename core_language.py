@@ -1,5 +1,6 @@
 """The stock forward pass after the media are in their places: at original positions, and weighed by token sizes."""
 
+import math
 from inspect import signature
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from .core_attention import biased_mask
 from .core_cache import TokenRecord, all_sizes, cached_tokens, read_record, write_record
 from .core_layout import images_of_prompts
-from .core_positions import room_for_gaps, shrunk_columns, unpruned_columns, warn_beyond_context
+from .core_positions import context_length, room_for_gaps, shrunk_columns, unpruned_columns, warn_beyond_context
 from .hub_versions import CACHE_NAME
 
 
@@ -32,7 +33,7 @@ class LanguageForwardMixin:
             return None, None
         columns, skipped = unpruned_columns(masks, items)
         if positions == "scaled":
-            columns, skipped = self.scaled_columns(columns, skipped, attention_mask, cache)
+            columns, skipped = self.scaled_columns(columns, skipped, attention_mask, cache, pruning.max_positions)
         return TokenRecord(None, skipped.float()), columns - torch.arange(columns.shape[1], device=columns.device)
 
     def positions_of(self, tokens, position_ids, moved, cache, attention_mask):
@@ -95,16 +96,17 @@ class LanguageForwardMixin:
             write_record(cache, num_layers, record, num_cached)
         return outputs
 
-    def scaled_columns(self, columns, skipped, attention_mask, cache) -> tuple:
-        """`unpruned_columns` (B, T) of a prompt, shrunk where they leave the context of the language model."""
+    def scaled_columns(self, columns, skipped, attention_mask, cache, max_positions) -> tuple:
+        """`unpruned_columns` (B, T) of a prompt, shrunk where they leave `max_positions` or the context of the language model."""
         config = self.config.text_config
+        limit = min(context_length(config), max_positions or math.inf)
         cached, total = read_record(cache, config.num_hidden_layers), cached_tokens(cache) + columns.shape[1]
         lengths = columns.new_full((len(columns),), total)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:  # padding takes no position
             lengths = attention_mask.sum(1).to(columns)
         if cached is not None:
             lengths = lengths + cached.skipped.sum(1).to(columns)
-        return shrunk_columns(columns, skipped, room_for_gaps(config, lengths, skipped.sum(1)))
+        return shrunk_columns(columns, skipped, room_for_gaps(limit, lengths, skipped.sum(1)))
 
     def stock_pixels(self, pixels: dict, sizes) -> dict:
         """Pixels and sizes by the names that the stock forward pass has for them in this version of transformers."""

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
-ANSWER_SHARE = 1 / 16  # of the context, that shrunk positions leave for the answer
+ANSWER_SHARE = 1 / 16  # of the positions, that shrunk ones leave for the answer
 _WARNED_CONTEXTS = set()  # lengths that were warned about
 
 
@@ -61,16 +61,16 @@ def shrunk_columns(columns: torch.Tensor, skipped: torch.Tensor, room: torch.Ten
     return places + shrink(columns - places), torch.diff(shrink(skipped.cumsum(1)), prepend=torch.zeros_like(total))
 
 
-def room_for_gaps(text_config, lengths: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
+def room_for_gaps(limit: int, lengths: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:
     """
-    How many positions the rows of a prompt may leave out, (B,): all that they do while their unpruned prompts fit into the
-    context, else what leaves `ANSWER_SHARE` of it for the answer.
+    How many positions the rows of a prompt may leave out, (B,): all that they do while their unpruned prompts fit, else what
+    leaves `ANSWER_SHARE` of the limit for the answer.
 
     Args:
+        limit: the most positions of a prompt.
         lengths: (B,) tokens of each row, and positions that its cache has left out.
         skipped: (B,) what it leaves out.
     """
-    limit = context_length(text_config)
     shrunk = (limit - int(limit * ANSWER_SHARE) - lengths).clamp_min(0)
     return torch.where(lengths + skipped > limit, torch.minimum(shrunk, skipped), skipped)
 

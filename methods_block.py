@@ -45,10 +45,12 @@ class PruningConfig:
         video_pooling (`bool`, defaults to `True`): the tokens of a video are those that the checkpoint's own 2x2 pooling
             leaves; else the unpooled ones of each frame.
         positions (`str`, *optional*): `"compact"` = the pruned prompt is numbered 0..n-1, as in the paper; `"original"` =
-            every token keeps the position that it has in the unpruned prompt; `"scaled"` = the same, but where that prompt is
-            longer than the context of the language model, the gaps are shrunk until it fits.
+            every token keeps the position that it has in the unpruned prompt; `"scaled"` = the same, but
+            where that prompt is longer than `max_positions`, the gaps are shrunk until it fits.
+        max_positions (`int`, *optional*): for `"scaled"`, the longest prompt that the checkpoint was trained with; `None` = the
+            context of the language model, which is the most that is taken.
 
-    Of a key that may be `None` (the default of all that are *optional*, but for `text_tower` and `max_candidates`), `None` is
+    Of a key that may be `None` (the default of all that are *optional*, but for `keep_tokens`, `text_tower`, `max_positions` and `max_candidates`), `None` is
     what the paper of the method has; `resolved` looks it up.
 
     Raises:

@@ -109,6 +109,7 @@ SHARED = {
     "query_max_tokens": integer(128, 1),
     "video_pooling": switch(True),
     "positions": choice(None, ("compact", "original", "scaled")),
+    "max_positions": integer(None, 1),
 }
 
 

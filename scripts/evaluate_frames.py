@@ -25,10 +25,16 @@ from toy_world import NUM_FRAMES, TABLES_START
 from tqdm import tqdm
 
 FIRST_SCENE = TABLES_START + 20_000  # no table begins there
-POSITIONS = ("compact", "original", "scaled")
-DEFAULT_SETTINGS = [
-    f"{method},keep_ratio=0.11,positions={name}" for method in ("rediprune_plus", "rediprune") for name in POSITIONS
-]
+BUDGET, TRAINED = (
+    "rediprune_plus,keep_ratio=0.11",
+    336,
+)  # the tiny checkpoint's prompts have 288 visual tokens and some words
+DEFAULT_SETTINGS = (
+    *(f"{BUDGET},positions={name}" for name in ("compact", "original", "scaled")),
+    f"{BUDGET},positions=scaled,max_positions={TRAINED}",
+    "rediprune_plus,keep_tokens=64,positions=compact",
+    f"rediprune_plus,keep_tokens=64,positions=scaled,max_positions={TRAINED}",
+)
 
 
 def parse_arguments():

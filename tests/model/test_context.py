@@ -126,11 +126,15 @@ def tokens_of(text):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_trained_with", [False, True], ids=["context", "max_positions"])
 @pytest.mark.parametrize("limit", [40, 60, 68])
-def test_scaled_positions_end_before_the_context_does(limit, positions):
+def test_scaled_positions_end_before_the_limit_does(limit, is_trained_with, positions):
     """A video of 64 tokens of which 8 stay; its text keeps its neighbours, and all tokens their order."""
     model = with_context(tiny_model(positions="scaled", keep_ratio=0.125), limit)
     seen, inputs = positions(model), inputs_of(model)
+    if is_trained_with:
+        with_context(model, 2048)
+        model.config.pruning.max_positions = limit
     model(**inputs)
     (row,) = seen[0]
     assert (row.diff() >= 1).all() and row[0] == 0
