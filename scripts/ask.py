@@ -33,6 +33,7 @@ def parse_arguments():
     parser.add_argument(
         "--keep-ratio", type=float, help="share of the visual tokens that stay (default: as config.json says)"
     )
+    parser.add_argument("--keep-tokens", type=at_least_one, help="instead, how many tokens of each frame or item stay")
     parser.add_argument("--method", help="pruning method (default: as config.json says)")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--compare", action="store_true", help="also answer with all visual tokens, side by side")
@@ -170,7 +171,7 @@ def print_report(args, results: dict) -> None:
 def main():
     args = parse_arguments()
     pruning = {
-        key: value for key, value in (("keep_ratio", args.keep_ratio), ("method", args.method)) if value is not None
+        key: getattr(args, key) for key in ("keep_ratio", "keep_tokens", "method") if getattr(args, key) is not None
     }
     try:
         model, processor = load(args, pruning)

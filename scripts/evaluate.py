@@ -1,7 +1,8 @@
 """Accuracy on held-out generated videos and images: pruning settings x keep ratios x seeds, with 95 % intervals.
 
 A setting is a method and, after commas, changes to the pruning block: `rediprune`, `rediprune,positions=original`,
-`rediprune,alpha=2,query_weighting=average`, `random,seed=1`. The unpruned model always runs first, and every other row is
+`rediprune,alpha=2,query_weighting=average`, `random,seed=1`. One with a budget in tokens (`rediprune,keep_tokens=64`) runs once, and
+its ratio in the tables is what that comes to. The unpruned model always runs first, and every other row is
 also compared with its answers.
 
 Controls: the methods `random` and `uniform`; and `query=other` (select for the question of another sample) or
@@ -30,7 +31,6 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 
 import evaluate_questions
@@ -39,71 +39,25 @@ import toy_world
 from evaluate_log import AnswerLog, JsonLines, answers_path, claimed, code_fingerprint
 from evaluate_questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
 from evaluate_report import mark_fronts, markdown, score
+from evaluate_settings import UNPRUNED, Setting, setting
 from repository import (
     FeatureMemory,
     add_model_arguments,
     at_least_one,
-    code_module,
     environment,
     fail,
     keep_ratio,
     load,
     output_prefix,
-    parse_setting,
     write_results,
 )
 from tqdm import tqdm
 
 DEFAULT_SETTINGS = ("rediprune", "rediprune,positions=original", "random", "random,positions=original", "uniform")
 DEFAULT_RATIOS = (0.5, 0.25, 0.15, 0.1)
-UNPRUNED = "unpruned"
-QUERIES = ("own", "other", "constant")
 BATCH = 48
 TIMED_BATCH = 8
 WARM_UP = 2  # batches that are not counted: the first runs of a process are slower than all others
-
-
-@dataclass
-class Setting:
-    """A pruning setting as it was asked for: its text, the changes to the pruning block, and what is selected for."""
-
-    text: str
-    changes: dict
-    query: str = "own"
-
-    @property
-    def seeded(self) -> bool:
-        """Whether it runs once for each of `--seeds`."""
-        method = self.changes.get("method")
-        drawn = self.query == "other" or method is not None and "seeds" in _methods()[method].required_signals
-        return drawn and "seed" not in self.changes
-
-    def with_seed(self, seed: int) -> "Setting":
-        return Setting(f"{self.text},seed={seed}", {**self.changes, "seed": seed}, self.query)
-
-
-def _methods() -> dict:
-    return code_module("methods_registry").METHODS
-
-
-def setting(text: str) -> Setting:
-    """`"rediprune,alpha=2"` -> a `Setting`."""
-    changes = parse_setting(text)
-    query = changes.pop("query", "own")
-    if query not in QUERIES:
-        raise argparse.ArgumentTypeError(f"{text!r}: query is {query!r}, but must be one of {', '.join(QUERIES)}")
-    try:
-        block = code_module("configuration_rediprune").PruningConfig.from_value(changes)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-    reads = (
-        _methods()[block.method].required_signals & {"relevance", "text_affinity"} and block.query_weighting != "none"
-    )
-    if query != "own" and not reads:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: this setting does not look at the question; leave query={query} out"
-        )
-    return Setting(text, changes, query)
 
 
 def parse_arguments():
@@ -215,6 +169,7 @@ class Evaluation:
         """A batch on the model's device; with a control of the query, the text that it selects for is set, too."""
         seed, first = self.model.config.pruning.seed, batch[0]
         self.other_query.tokens = None
+        ratio = setting.ratio_of_call(ratio)
         inputs = questions.inputs(self.processor, *batch, ratio)
         if setting.query != "own":
             queries = [(self.processor, setting.query, index, seed) for index in range(first, first + batch[1])]
@@ -223,6 +178,11 @@ class Evaluation:
             caller.pruning = caller.pruning.with_budget(ratio)
             inputs.update(caller.question_inputs([questions.query_prompt(*query) for query in queries]))
         return inputs.to(self.model.device, self.model.dtype)
+
+    def share(self, questions: Questions, setting: Setting) -> float:
+        """The keep ratio that a budget in tokens comes to."""
+        self.use(setting)
+        return questions.visual_tokens(self.processor, None) / questions.visual_tokens(self.processor, 1.0)
 
     def answers(self, questions: Questions, setting: Setting, ratio: float) -> list:
         """The answers to all questions, from the log where they are there."""
@@ -284,13 +244,15 @@ def evaluate_kind(run: Evaluation, kind: str) -> list:
     args, rows = run.args, []
     questions = Questions(kind, args.scenes, args.first_scene)
     unpruned = Setting(UNPRUNED, {})
-    cells = [(unpruned, 1.0)] + [(setting, ratio) for ratio in args.ratios for setting in args.settings]
+    cells = [(unpruned, 1.0)]
+    cells += [(setting, ratio) for ratio in args.ratios for setting in args.settings if setting.ratio_of_call(ratio)]
+    cells += [(setting, run.share(questions, setting)) for setting in args.settings if not setting.ratio_of_call(1.0)]
     for setting, ratio in tqdm(cells, desc=f"{kind}s", unit="cell", disable=not run.processes.main):
         by_seed = [run.answers(questions, variant, ratio) for variant in run.variants(setting)]
         before = run.answers(questions, unpruned, 1.0)
         scores = score(questions.answers, questions.types, questions.scene_of, by_seed, before)
         run.use(setting)
-        visual_tokens = questions.visual_tokens(run.processor, ratio)
+        visual_tokens = questions.visual_tokens(run.processor, setting.ratio_of_call(ratio))
         row = {"kind": kind, "setting": setting.text, "keep_ratio": ratio, "visual_tokens": visual_tokens, **scores}
         rows.append(row)
         if run.processes.main:

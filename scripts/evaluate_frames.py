@@ -17,9 +17,9 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from evaluate import UNPRUNED, setting
 from evaluate_questions import Questions, add_scene_arguments, answer, check_scenes
 from evaluate_report import interval, percent, table, with_interval
+from evaluate_settings import UNPRUNED, setting
 from repository import add_model_arguments, at_least_one, environment, fail, load, output_prefix, write_results
 from toy_world import NUM_FRAMES, TABLES_START
 from tqdm import tqdm

@@ -313,7 +313,7 @@ def describe_pruning(pruning: dict) -> str:
         else "As it stands, all of them stay"
     )
     rule = " ".join(inspect.getdoc(type(method)).partition("\n\n")[0].split())
-    return f"{kept} (`keep_ratio` {block.keep_ratio:g}, method `{block.method}`). The method: {rule}"
+    return f"{kept} (`{block.budget}`, method `{block.method}`). The method: {rule}"
 
 
 def base_licence(base_folder: Path) -> dict:
@@ -397,7 +397,8 @@ def export(args) -> None:
         tidy(parent_of(args.output))
     if args.output is not None and args.output.exists():
         check_replaceable(args.output, args.force)
-    pruning = configuration.PruningConfig.from_value(args.pruning).to_dict()
+    block = configuration.PruningConfig.from_value(args.pruning)
+    pruning = block.to_dict()
     tower = pruning["text_tower"]
     if tower is not None and Path(tower).is_dir():
         if args.push_to_hub:
@@ -425,7 +426,7 @@ def export(args) -> None:
             check_result(folder, base_folder)
         print(list_files(folder, {}))
         if args.push_to_hub:
-            message = args.commit_message or f"{pruning['method']} at keep ratio {pruning['keep_ratio']} of {args.base}"
+            message = args.commit_message or f"{block.method} at {block.budget} of {args.base}"
             print(f"pushed to {push(folder, args, message)}")
     if args.output:
         print(f"written to {args.output}")

@@ -49,6 +49,7 @@ MODEL_TESTS = (
 PROCESSOR_TESTS = ("test_processing.py", "test_media.py", "test_videos.py", "test_chat.py", "test_processor_threads.py")
 # For each file the tests that are to notice its faults, likely ones first, in whatever folder of tests/. A file that is not named has all tests.
 TESTS = {
+    "core_encoded.py": ("test_encoded.py",),
     "core_attention.py": ("test_modeling.py", "test_cache.py", "test_generation.py"),
     "core_cache.py": ("test_cache.py", "test_generation.py", "test_prefill_chunks.py"),
     "inputs_chat.py": ("test_chat.py", "test_processing.py", "test_pipelines.py"),
@@ -94,6 +95,8 @@ TESTS = {
     "scripts/check_variant.py": ("test_check_variant.py", "test_export.py"),
     "scripts/evaluate.py": ("test_evaluate.py",),
     "scripts/evaluate_log.py": ("test_evaluate.py",),
+    "scripts/evaluate_frames.py": ("test_evaluate_frames.py",),
+    "scripts/evaluate_settings.py": ("test_evaluate.py",),
     "scripts/evaluate_questions.py": ("test_evaluate.py",),
     "scripts/evaluate_report.py": ("test_evaluate.py",),
     "scripts/export.py": ("test_export_files.py", "test_export.py", "test_hub.py"),

@@ -98,7 +98,7 @@ def test_the_card_says_what_the_method_does(method, base, tmp_path):
     export.write_card(tmp_path, "me/name", "you/base", base, config, "command")
     card = (tmp_path / "README.md").read_text()
     kept = {"prumerge_plus": "325 stay", "none": "all of them stay"}.get(method, "72 stay")
-    assert kept in card and f"(`keep_ratio` 0.125, method `{method}`)" in card and "base_model: you/base" in card
+    assert kept in card and f"(`keep_ratio=0.125`, method `{method}`)" in card and "base_model: you/base" in card
 
 
 def test_the_card_takes_the_licence_of_the_base(base, tmp_path):

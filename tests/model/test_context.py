@@ -5,6 +5,9 @@ import logging
 import pytest
 import torch
 from rediprune import core_positions
+from rediprune.core_encoded import encoder_identity, freeze
+from rediprune.core_items import MediaItem
+from shapes import SHAPES, random_model, shape_config
 from tiny import random_video, tiny_config, tiny_model, tiny_processor
 from transformers import DynamicCache
 
@@ -195,3 +198,27 @@ def test_a_prompt_that_is_too_long_when_pruned_is_refused_with_scaled_positions_
     model = with_context(tiny_model(positions="scaled", keep_ratio=0.5), 30)
     with pytest.raises(ValueError, match="takes at most 30; .*lower keep_ratio or keep_tokens"):
         model(**inputs_of(model))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_128_frames_fit_into_the_context_of_a_7b_model(positions):
+    """Two layers of its language model; features are drawn, so that its vision tower need not run."""
+    model = random_model(shape_config(SHAPES["llava-next-video-7b"], layers=2, vision_layers=2))
+    model.config.pruning = {"keep_ratio": 0.05, "positions": "scaled", "max_positions": 4096}
+    pruning, features = model.config.pruning, torch.randn(128, 144, 1024, dtype=model.dtype)
+    item = MediaItem(model.layout_class.video(model.frame_size, 128, pruning), sets=[{"features": features}])
+    encoded = freeze([item], encoder_identity(model, pruning, frozenset()))
+    (layout,) = encoded.layouts
+
+    def prompt(number):
+        return torch.tensor([[*range(10, 30), *[model.config.video_token_id] * number, *range(30, 60)]])
+
+    seen = positions(model)
+    outputs = model(prompt(layout.num_placeholders(pruning)), encoded_media=encoded, logits_to_keep=1)
+    assert layout.num_placeholders(pruning) == 128 * 7 and outputs.logits.isfinite().all()
+    (row,) = seen[0]
+    assert row[-1] == 4096 - 256 - 1 and (row.diff() >= 1).all()
+    assert core_positions.context_length(model.config.text_config) == 10240  # stretched by 2.5
+    with pytest.raises(ValueError, match=f"the prompt has {128 * 144 + 50} tokens, .* takes at most 10240"):
+        model(prompt(layout.num_unpruned), encoded_media=encoded, keep_ratio=1)

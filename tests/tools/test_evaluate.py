@@ -91,6 +91,20 @@ def test_a_killed_run_goes_on_at_the_batch_where_it_stopped(monkeypatch, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_budget_in_tokens_runs_once_and_is_told_as_the_ratio_that_it_comes_to(monkeypatch, tmp_path):
+    settings = ["--settings", "uniform", "uniform,keep_tokens=9", "--ratios", 0.25, 0.5, *SMALL[4:], "--scenes", 1]
+    rows = evaluate(monkeypatch, tmp_path / "a", *settings)["rows"]
+    told = [(row["setting"], row["keep_ratio"], row["visual_tokens"]) for row in rows]
+    assert told == [
+        ("unpruned", 1.0, 288.0),
+        ("uniform", 0.25, 72.0),
+        ("uniform", 0.5, 144.0),
+        ("uniform,keep_tokens=9", 0.25, 72.0),
+    ]
+    assert rows[3]["accuracy"] == rows[1]["accuracy"]
+
+
+@pytest.mark.slow
 def test_a_cut_off_line_is_computed_again(monkeypatch, tmp_path, capsys):
     first = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
     log = tmp_path / "a.answers.jsonl"

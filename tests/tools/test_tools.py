@@ -129,6 +129,14 @@ def test_ask_refuses_what_cannot_be_answered(monkeypatch, arguments, message):
         run(monkeypatch, "ask", *VIDEO, *arguments)
 
 
+def test_ask_takes_a_budget_in_tokens(monkeypatch, capsys):
+    video = ["--video", SAMPLES / "video-1.mp4", "--question", "what is there?", "--keep-tokens", 3]
+    report = ask(monkeypatch, capsys, *video)
+    assert report["pruned"]["visual_tokens"] == 8 * 3 and report["pruning"]["keep_tokens"] == 3
+    with pytest.raises(SystemExit, match="keep_ratio=0.2 and keep_tokens=3 were both given"):
+        ask(monkeypatch, capsys, *video, "--keep-ratio", 0.2)
+
+
 def test_ask_takes_images_and_folders_of_frames(monkeypatch, capsys, tmp_path):
     images = [SAMPLES / "image-1.png", SAMPLES / "image-2.png"]
     report = ask(monkeypatch, capsys, "--image", *images, "--question", "is there a red star?", "--keep-ratio", 0.5)
@@ -158,6 +166,7 @@ WRITERS = {
     "visualize": ["--output", "OUTPUT", *VIDEO, "--questions", "what?"],
     "evaluate": ["--output", "OUTPUT"],
     "evaluate_plots": [str(ROOT / "docs" / "results" / "ablation-image.json"), "--output", "OUTPUT"],
+    "evaluate_frames": ["--output", "OUTPUT"],
     "relevance_study": ["--output", "OUTPUT"],
     "benchmark": ["--output", "OUTPUT"],
     "evaluate_frames": ["--output", "OUTPUT"],

@@ -1,0 +1,56 @@
+"""Pruning settings as the evaluations take them: a method and, after commas, changes to the pruning block."""
+
+import argparse
+from dataclasses import dataclass
+
+from repository import code_module, parse_setting
+
+UNPRUNED = "unpruned"
+QUERIES = ("own", "other", "constant")
+
+
+@dataclass
+class Setting:
+    """A pruning setting as it was asked for: its text, the changes to the pruning block, and what is selected for."""
+
+    text: str
+    changes: dict
+    query: str = "own"
+
+    @property
+    def seeded(self) -> bool:
+        """Whether it runs once for each of `--seeds`."""
+        method = self.changes.get("method")
+        drawn = self.query == "other" or method is not None and "seeds" in _methods()[method].required_signals
+        return drawn and "seed" not in self.changes
+
+    def ratio_of_call(self, ratio: float):
+        """The keep ratio that the processor is called with: none where the setting has a budget in tokens."""
+        return None if "keep_tokens" in self.changes else ratio
+
+    def with_seed(self, seed: int) -> "Setting":
+        return Setting(f"{self.text},seed={seed}", {**self.changes, "seed": seed}, self.query)
+
+
+def _methods() -> dict:
+    return code_module("methods_registry").METHODS
+
+
+def setting(text: str) -> Setting:
+    """`"rediprune,alpha=2"` -> a `Setting`."""
+    changes = parse_setting(text)
+    query = changes.pop("query", "own")
+    if query not in QUERIES:
+        raise argparse.ArgumentTypeError(f"{text!r}: query is {query!r}, but must be one of {', '.join(QUERIES)}")
+    try:
+        block = code_module("configuration_rediprune").PruningConfig.from_value(changes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    reads = (
+        _methods()[block.method].required_signals & {"relevance", "text_affinity"} and block.query_weighting != "none"
+    )
+    if query != "own" and not reads:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: this setting does not look at the question; leave query={query} out"
+        )
+    return Setting(text, changes, query)
