@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .methods_base import Method
 from .methods_settings import Setting, is_whole
-from .ops_selection import count_kept, select_random, select_uniform
+from .ops_selection import select_random, select_uniform
 from .ops_tokens import check_finite
 
 
@@ -57,14 +57,14 @@ class Downsample(Method):
         """As many as of a square frame; the whole budget where `num_tokens` make none."""
         side = math.isqrt(num_tokens)
         square = side**2 == num_tokens
-        return self._size(1, side, side, 0, pruning) if square else count_kept(num_tokens, pruning.keep_ratio)
+        return self._size(1, side, side, 0, pruning) if square else pruning.nominal(num_tokens)
 
     def count_in_grid(self, grid, pruning):
         return self._size(*grid, pruning)
 
     @staticmethod
     def _size(frames, height, width, leading, pruning) -> int:
-        budget = count_kept(leading + height * width, pruning.keep_ratio)
+        budget = pruning.nominal(leading + height * width)
         leading = leading if leading < budget else 0
         return leading + math.prod(coarser_grid(height, width, budget - leading))
 

@@ -39,7 +39,7 @@ import toy_world
 from evaluate_log import AnswerLog, JsonLines, answers_path, claimed, code_fingerprint
 from evaluate_questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
 from evaluate_report import mark_fronts, markdown, score
-from evaluate_settings import UNPRUNED, Setting, setting
+from evaluate_settings import UNPRUNED, Setting, as_setting
 from repository import (
     FeatureMemory,
     add_model_arguments,
@@ -65,7 +65,7 @@ def parse_arguments():
     parser.add_argument(
         "--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md, OUTPUT.answers.jsonl"
     )
-    parser.add_argument("--settings", nargs="+", type=setting, default=None, metavar="METHOD[,KEY=VALUE...]")
+    parser.add_argument("--settings", nargs="+", type=as_setting, default=None, metavar="METHOD[,KEY=VALUE...]")
     parser.add_argument("--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="default: %(default)s")
     parser.add_argument("--seeds", type=at_least_one, default=1, help="seeds of what is drawn at random (default: 1)")
     add_scene_arguments(parser, 300)
@@ -77,7 +77,7 @@ def parse_arguments():
     parser.add_argument("--plots", action="store_true", help="also draw OUTPUT.*.png (needs matplotlib)")
     add_model_arguments(parser)
     args = parser.parse_args()
-    args.settings = args.settings or [setting(text) for text in DEFAULT_SETTINGS]
+    args.settings = args.settings or [as_setting(text) for text in DEFAULT_SETTINGS]
     for chosen in args.settings:
         if "keep_ratio" in chosen.changes:
             parser.error(f"--settings {chosen.text}: give the keep ratio as --ratios {chosen.changes['keep_ratio']}")

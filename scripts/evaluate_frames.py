@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from evaluate_questions import Questions, add_scene_arguments, answer, check_scenes
 from evaluate_report import interval, percent, table, with_interval
-from evaluate_settings import UNPRUNED, setting
+from evaluate_settings import UNPRUNED, as_setting
 from repository import add_model_arguments, at_least_one, environment, fail, load, output_prefix, write_results
 from toy_world import NUM_FRAMES, TABLES_START
 from tqdm import tqdm
@@ -40,14 +40,14 @@ DEFAULT_SETTINGS = (
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md")
-    parser.add_argument("--settings", nargs="+", type=setting, default=None, metavar="METHOD[,KEY=VALUE...]")
+    parser.add_argument("--settings", nargs="+", type=as_setting, default=None, metavar="METHOD[,KEY=VALUE...]")
     parser.add_argument(
         "--frames", nargs="+", type=at_least_one, default=[8, 16, 32, 64, 128], help="default: %(default)s"
     )
     add_scene_arguments(parser, 100, FIRST_SCENE)
     add_model_arguments(parser)
     args = parser.parse_args()
-    args.settings = args.settings or [setting(text) for text in DEFAULT_SETTINGS]
+    args.settings = args.settings or [as_setting(text) for text in DEFAULT_SETTINGS]
     check_scenes(parser, args)
     for frames in args.frames:
         if frames % NUM_FRAMES:

@@ -36,7 +36,7 @@ def _methods() -> dict:
     return code_module("methods_registry").METHODS
 
 
-def setting(text: str) -> Setting:
+def as_setting(text: str) -> Setting:
     """`"rediprune,alpha=2"` -> a `Setting`."""
     changes = parse_setting(text)
     query = changes.pop("query", "own")
