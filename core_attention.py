@@ -6,12 +6,19 @@ This is ToMe's (arXiv 2210.09461, Sec. 3), which merges tokens in a vision trans
 it as an option, and RESTORE (arXiv 2606.01711) as a part of its bias.
 """
 
+import threading
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .core_cache import cached_tokens
+
+MASKED_KERNELS = ("eager", "sdpa", "flex_attention")
+SPARE_CHANNELS, MOST_CHANNELS = 8, 256  # flash attention takes heads of a multiple of 8 channels, and at most so many
+_REGISTERING = threading.Lock()
 
 
 def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, cache=None, cache_position=None):
@@ -55,25 +62,67 @@ def _causal_mask(padding: Optional[torch.Tensor], tokens: torch.Tensor, cache, c
     return visible.expand(len(tokens), -1, -1, -1)
 
 
+class BiasedKernel:
+    """
+    An attention kernel of transformers that takes, beside what it took, a bias for each key, as `key_bias`. What is called without
+    one is the kernel alone.
+
+    Kernels without additive masks get it in spare channels of the heads: 1 in the queries, the bias over the scale in the keys,
+    zero in the values. It is written as the sum of two numbers of the keys' dtype, whose second one is what the first rounds off.
+
+    `key_bias` is (B, n) fp32, for the first n keys, or an empty tensor where positions have gaps alone: either way the kernel is
+    not told the positions, whose gaps flash attention takes for the borders of packed sequences.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __call__(self, module, query, key, value, attention_mask, key_bias=None, scaling=None, **kwargs):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if key_bias is None:
+            return self.kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        kwargs.pop("position_ids", None)
+        width = query.shape[-1]
+        if key_bias.numel():
+            bias = F.pad(key_bias / scaling, (0, key.shape[2] - key_bias.shape[1]))
+            rounded = bias.to(key.dtype)
+            spare = torch.stack([rounded, (bias - rounded.float()).to(key.dtype)], dim=-1)
+            spare = F.pad(spare, (0, SPARE_CHANNELS - 2))[:, None].to(key.device)
+            key = torch.cat([key, spare.expand(-1, key.shape[1], -1, -1)], dim=-1)
+            query = F.pad(F.pad(query, (0, 2), value=1.0), (0, SPARE_CHANNELS - 2))
+            value = F.pad(value, (0, SPARE_CHANNELS))
+        output, weights = self.kernel(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output[..., :width], weights
+
+
+def takes_masks(attention: str) -> bool:
+    """Whether an attention implementation adds the masks that it is given to its logits."""
+    return attention in MASKED_KERNELS
+
+
+def let_kernel_take_bias(attention: str) -> None:
+    """Registers [`BiasedKernel`] around the kernel of an attention implementation, in its place, unless it is there already."""
+    with _REGISTERING:
+        kernel = ALL_ATTENTION_FUNCTIONS[attention]
+        if not isinstance(kernel, BiasedKernel):
+            AttentionInterface.register(attention, BiasedKernel(kernel))
+
+
 def check_attention(config, pruning) -> None:
     """Raises ValueError where the attention of the language model cannot do what the pruning block of a call asks for."""
-    # Read where it is used: flash attention takes gaps between positions for the borders of packed sequences.
     text_config = config.text_config
     attention = text_config._attn_implementation or ""
-    positions = pruning.resolved("positions")
-    if config.positions_have_gaps and positions != "compact" and "flash" in attention:
+    if not pruning.resolved("proportional_attention"):
+        return
+    if getattr(text_config, "sliding_window", None):
         raise ValueError(
-            f"positions={positions!r} does not work with attn_implementation={attention!r}, which reads gaps between "
-            "positions as packed sequences; load the model with attn_implementation='sdpa'."
+            "proportional_attention works with full attention alone, but the language model has sliding_window="
+            f"{text_config.sliding_window}; set proportional_attention to false."
         )
-    if pruning.resolved("proportional_attention"):
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(
-                f"proportional_attention adds to the logits of attention, which attn_implementation={attention!r} does "
-                "not allow; load the model with attn_implementation='sdpa'."
-            )
-        if getattr(text_config, "sliding_window", None):
-            raise ValueError(
-                "proportional_attention works with full attention alone, but the language model has sliding_window="
-                f"{text_config.sliding_window}; set proportional_attention to false."
-            )
+    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    if "flash" in attention and width + SPARE_CHANNELS > MOST_CHANNELS:
+        raise ValueError(
+            f"proportional_attention with attn_implementation={attention!r} needs {SPARE_CHANNELS} spare channels in the heads, which "
+            f"have {width} of at most {MOST_CHANNELS}; load the model with attn_implementation='sdpa', or set "
+            "proportional_attention to false."
+        )

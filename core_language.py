@@ -5,7 +5,7 @@ from inspect import signature
 
 import torch
 
-from .core_attention import biased_mask
+from .core_attention import biased_mask, let_kernel_take_bias, takes_masks
 from .core_cache import TokenRecord, all_sizes, cached_tokens, read_record, write_record
 from .core_layout import images_of_prompts
 from .core_positions import context_length, room_for_gaps, shrunk_columns, unpruned_columns, warn_beyond_context
@@ -84,10 +84,15 @@ class LanguageForwardMixin:
             moved = before if moved is None else moved + before
         position_ids = self.positions_of(tokens, position_ids, moved, cache, attention_mask)
         sizes = all_sizes(cached, record, num_cached)
-        if sizes is not None:
-            embeds = tokens if tokens.is_floating_point() else self.get_input_embeddings()(tokens)
-            bias = sizes.to(embeds.device).clamp_min(1).log()
-            attention_mask = biased_mask(attention_mask, bias, embeds, cache, places)
+        bias = None if sizes is None else sizes.to(tokens.device).clamp_min(1).log()
+        attention = self.config.text_config._attn_implementation
+        if takes_masks(attention):
+            if bias is not None:
+                embeds = tokens if tokens.is_floating_point() else self.get_input_embeddings()(tokens)
+                attention_mask = biased_mask(attention_mask, bias, embeds, cache, places)
+        elif cached is not None or record is not None:
+            let_kernel_take_bias(attention)
+            stock = {**stock, "key_bias": tokens.new_empty(0) if bias is None else bias}
         outputs = self.stock_forward(**prompt, attention_mask=attention_mask, position_ids=position_ids, **stock)
         cache = outputs.get(CACHE_NAME) if cache is None else cache
         if cache is not None and (cached is not None or record is not None):

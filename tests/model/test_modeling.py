@@ -638,17 +638,6 @@ def test_positions_change_the_answer():
     assert not torch.allclose(compact[1](**inputs).logits, original[1](**inputs).logits, atol=1e-2)
 
 
-def test_original_positions_need_an_attention_that_reads_them():
-    processor, model = pruned(positions="original")
-    model.config.text_config._attn_implementation = "flash_attention_2"
-    inputs = media_inputs(processor, "video")
-    with pytest.raises(
-        ValueError,
-        match="positions='original' does not work with attn_implementation='flash_attention_2'.*sdpa",
-    ):
-        model(**inputs)
-
-
 # -- proportional attention -------------------------------------------------------------------------------------------
 
 
@@ -716,13 +705,9 @@ def last_logits(model, inputs):
     return model(**inputs).logits[:, -1]
 
 
-def test_proportional_attention_needs_a_fitting_attention():
+def test_proportional_attention_needs_full_attention():
     processor, model = pruned(proportional_attention=True)
     inputs = media_inputs(processor, "video")
-    model.config.text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="proportional_attention .*'flash_attention_2'.*attn_implementation='sdpa'"):
-        model(**inputs)
-    model.config.text_config._attn_implementation = "sdpa"
     model.config.text_config.sliding_window = 8
     with pytest.raises(ValueError, match="sliding_window=8; set proportional_attention to false"):
         model(**inputs)
