@@ -106,6 +106,26 @@ def read_video(video, choose: Callable[[int, Optional[float]], np.ndarray], name
     return frames, metadata
 
 
+def announced_size(video: bytes) -> tuple:
+    """
+    Width, height and length in seconds that a video announces, the length `None` where it does not say. No frame is decoded, so
+    that a service can refuse before that, but a broken or a hostile file may hold something else.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        ValueError: there is no video.
+    """
+    if av is None:
+        raise ImportError("reading video files needs PyAV; install it with `pip install av`, or pass frames as arrays.")
+    try:
+        with _opened(video) as container:
+            stream = _video_stream(container, f"a video of {len(video)} bytes")
+            length = container.duration / av.time_base if container.duration else None
+            return stream.width, stream.height, length
+    except av.error.FFmpegError as error:
+        raise ValueError(f"a video of {len(video)} bytes cannot be decoded as a video: {_explained(error)}") from error
+
+
 def stack_frames(frames: list, name: str) -> np.ndarray:
     """
     Frames of one size as one array.
@@ -122,11 +142,15 @@ def stack_frames(frames: list, name: str) -> np.ndarray:
 def _announced(video, name: str) -> tuple:
     """How many frames a video says it has, or has where it does not say, and how many a second."""
     with _opened(video) as container:
-        if not container.streams.video:
-            raise ValueError(f"{name} cannot be decoded as a video: it has no video stream")
-        stream = container.streams.video[0]
+        stream = _video_stream(container, name)
         fps = float(stream.average_rate) if stream.average_rate else None
         return stream.frames or sum(1 for _ in _frames(container)), fps
+
+
+def _video_stream(container, name: str):
+    if not container.streams.video:
+        raise ValueError(f"{name} cannot be decoded as a video: it has no video stream")
+    return container.streams.video[0]
 
 
 def _decoded(video, wanted: set) -> tuple:
