@@ -4,11 +4,13 @@
     python3 scripts/bootstrap.py ask --video clip.mp4 "What happens?"
     python3 scripts/bootstrap.py test [pytest arguments]
     python3 scripts/bootstrap.py python scripts/evaluate.py [arguments]
+    python3 scripts/bootstrap.py --with demo/requirements.txt python demo/app.py
 
 The first call fetches about 3 GB of packages, 6 GB when installed, in one to five minutes; later ones start at once.
 Options stand before the command. There are two layers: `base` holds torch and whatever else does not depend
 on the version of transformers; a thin one per version of transformers sees the base through a .pth file, so
-that a second version costs seconds. An environment is made anew when the requirements change or it is
+that a second version costs seconds; and another thin one on top for each file that is named with `--with`,
+which the others do not see. An environment is made anew when the requirements change or it is
 incomplete.
 """
 
@@ -35,10 +37,10 @@ class BootstrapError(Exception):
     pass
 
 
-def read_requirements():
+def read_requirements(files=REQUIREMENTS):
     """{package name: requirement} of all requirement files."""
     requirements = {}
-    for file in REQUIREMENTS:
+    for file in files:
         for line in (ROOT / file).read_text().splitlines():
             requirement = line.split("#")[0].strip()
             if requirement and not requirement.startswith("-"):
@@ -88,52 +90,58 @@ def install(python, requirements):
     say(f"{time.monotonic() - start:5.0f} s  done")
 
 
-def make_environment(environment, requirements, base=None, install=install):
+def make_environment(environment, requirements, layers=(), install=install):
     """
     Makes the virtual environment if it is missing, out of date or incomplete.
 
-    `base`: an environment whose packages this one sees; `install(python, requirements)` fills it.
+    `layers`: environments whose packages this one sees, the lowest last; `install(python, requirements)` fills it.
     """
     # Virtual environments know their own place, so a moved one counts as out of date.
     made_from = [sys.version, str(environment), *requirements]
-    if base:
-        made_from.append((base / STAMP).read_text())
+    made_from += [(layer / STAMP).read_text() for layer in layers]
     stamp = hashlib.sha256("\n".join(made_from).encode()).hexdigest()
     if is_complete(environment, stamp):
         return
-    size = "packages that depend on the version of transformers" if base else "torch and what goes with it, about 3 GB"
+    size = "a thin layer" if layers else "torch and what goes with it, about 3 GB"
     say(f"Making {environment} ({size}; once)")
     if environment.exists():
         shutil.rmtree(environment)
     # A step that fails or is interrupted leaves no stamp: the next call starts over.
     run([sys.executable, "-m", "venv", environment], "Making a virtual environment (on Debian: python3-venv)")
     python = interpreter(environment)
-    if base:
+    if layers:
         query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        own, shared = (
+        own, *shared = (
             subprocess.check_output([interpreter(layer), "-c", query], text=True).strip()
-            for layer in (environment, base)
+            for layer in (environment, *layers)
         )
-        Path(own, "base.pth").write_text(shared + "\n")
+        Path(own, "base.pth").write_text("\n".join(shared) + "\n")
     install(python, requirements)
     (environment / STAMP).write_text(stamp)
 
 
-def prepare(directory, transformers_version=None):
-    """Makes both layers; returns the interpreter that sees them."""
+def prepare(directory, transformers_version=None, more=None):
+    """Makes both layers, and one of the requirements file `more`; returns the interpreter that sees them."""
     requirements = read_requirements()
     if transformers_version:
         requirements["transformers"] = f"transformers=={transformers_version}"
     base = directory / "base"
     thin = directory / f"transformers-{transformers_version or 'newest'}"
     make_environment(base, [line for name, line in requirements.items() if name not in THIN_LAYER])
-    make_environment(thin, [line for name, line in requirements.items() if name in THIN_LAYER], base)
-    return interpreter(thin)
+    make_environment(thin, [line for name, line in requirements.items() if name in THIN_LAYER], [base])
+    if more is None:
+        return interpreter(thin)
+    top = directory / f"{thin.name}-{more.resolve().parent.name}"
+    make_environment(top, list(read_requirements([more.resolve()]).values()), [thin, base])
+    return interpreter(top)
 
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformers", metavar="VERSION", help="default: the newest that requirements.txt allows")
+    parser.add_argument(
+        "--with", dest="more", metavar="FILE", type=Path, help="requirements of a tool, such as demo/requirements.txt"
+    )
     parser.add_argument("--envs", metavar="DIR", type=Path, default=ROOT / ".venv", help="default: %(default)s")
     parser.add_argument("command", choices=["ask", "test", "python"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the command as they are")
@@ -145,7 +153,7 @@ def main():
         sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
     options = parse_arguments()
     try:
-        python = prepare(options.envs.resolve(), options.transformers)
+        python = prepare(options.envs.resolve(), options.transformers, options.more)
     except (BootstrapError, OSError) as error:
         sys.exit(f"bootstrap: {error}")
     except KeyboardInterrupt:

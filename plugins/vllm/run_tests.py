@@ -40,7 +40,7 @@ def main() -> int:
     environments = (ROOT / ".venv").resolve()
     try:
         prepare(environments)
-        make_environment(environments / "vllm", [BUILD], environments / "base", install_vllm)
+        make_environment(environments / "vllm", [BUILD], [environments / "base"], install_vllm)
     except (BootstrapError, OSError, subprocess.CalledProcessError) as error:
         print(f"plugins/vllm is NOT tested: {BUILD} cannot be installed here. {error}")
         return 0
