@@ -174,7 +174,12 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--at-once", type=int, default=2, help="visitors who are answered at once (default: %(default)s)"
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.model == str(HOME) and not (HOME / "config.json").exists():
+        parser.error(
+            "there is no checkpoint beside the demo: name one with --model, on a Space with the variable MODEL_ID"
+        )
+    return args
 
 
 def main():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rediprune.inputs_video import read_video
+from rediprune.inputs_video import announced_size, read_video
 from tiny import grey_video, random_video, write_video
 
 
@@ -159,3 +159,16 @@ def test_what_is_no_video(processor, video):
         ValueError, match=f"video 0 is of type {type(video).__name__}, but must be a path, an http or https URL"
     ):
         processor(text="<video>", videos=video)
+
+
+def test_a_video_announces_its_size(tmp_path):
+    content = write_video(tmp_path / "clip.mp4", random_video(frames=12)).read_bytes()
+    assert announced_size(content) == (48, 40, pytest.approx(1.2))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no video", b"#EXTM3U\n#EXTINF:4,\nhttp://127.0.0.1:9/secret.ts\n#EXT-X-ENDLIST\n"]
+)
+def test_what_is_no_video_announces_nothing(content):
+    with pytest.raises(ValueError, match="cannot be decoded as a video"):
+        announced_size(content)

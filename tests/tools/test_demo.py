@@ -2,10 +2,14 @@
 
 import argparse
 import base64
+import io
+import json
 import os
 import re
 import threading
 import time
+import urllib.error
+import urllib.request
 from html import unescape
 
 import answers
@@ -14,13 +18,15 @@ import pytest
 from browser import Browser, find_browser
 from engine import Engine, Refused
 from media import add_media_arguments, process, read_media
+from PIL import Image, ImageStat
 from places import ROOT
-from rediprune.inputs_video import announced_size
 from repository import add_model_arguments, load
 
 QUESTION, OTHER = "what colour is the square?", "where is the blue square?"
 NASTY = "</script><b>\"a\" & 'b'</b> <video> ${1}"
 VIDEO = (ROOT / "samples" / "video-1.mp4").read_bytes()
+# The frames are gone, and what is written about them is still there.
+DAMAGED = VIDEO[: VIDEO.index(b"mdat") + 4].ljust(VIDEO.index(b"moov") - 4, b"\0") + VIDEO[VIDEO.index(b"moov") - 4 :]
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nhttp://127.0.0.1:9/secret.ts\n#EXT-X-ENDLIST\n"
 
 
@@ -62,6 +68,7 @@ def test_an_answer_is_that_of_a_model_with_this_method(engine, video, method, ke
 def test_a_video_is_encoded_once(engine, loaded):
     calls = []
     tower, _ = loaded[0].tower_of("video")
+    tower = getattr(tower, "vision_model", tower)  # in 4.57 the tower is inside another module
     counter = tower.encoder.layers[0].register_forward_pre_hook(lambda *args: calls.append(1))
     try:
         video = engine.open_video(VIDEO)
@@ -112,9 +119,10 @@ def test_methods_that_only_serve_themselves_are_left_out(engine, loaded):
         (PLAYLIST, "cannot be read as a video"),
         ((ROOT / "samples" / "questions.json").read_bytes(), "cannot be read as a video"),
         ((ROOT / "docs" / "overlay.png").read_bytes(), "does not tell its length"),
+        (DAMAGED, "is damaged"),
         (bytes(engine_file.MAX_BYTES + 1), "at most 64 MB"),
     ],
-    ids=["empty", "text", "cut", "playlist", "json", "picture", "large"],
+    ids=["empty", "text", "cut", "playlist", "json", "picture", "damaged", "large"],
 )
 def test_wrong_files_are_refused_in_plain_words(engine, content, message):
     with pytest.raises(Refused, match=message) as error:
@@ -145,13 +153,6 @@ def test_what_a_file_announces_is_held_against_the_limits_before_it_is_decoded(e
 def test_wrong_questions_are_refused_in_plain_words(engine, video, question, method, keep_ratio, message):
     with pytest.raises(Refused, match=message):
         engine.answer(video, question, method, keep_ratio)
-
-
-def test_a_video_announces_its_size():
-    width, height, seconds = announced_size(VIDEO)
-    assert width == height > 0 and 0 < seconds < 60
-    with pytest.raises(ValueError, match="cannot be decoded as a video"):
-        announced_size(PLAYLIST)
 
 
 def test_what_visitors_type_stays_text(engine, video):
@@ -269,7 +270,9 @@ def test_a_visitor_asks_twice_about_a_sample(open_page, engine, video):
     assert visitor.text("#about") == about  # the same encoding, in the same time
     assert QUESTION in visitor.text("#history") and OTHER not in visitor.text("#history")
     asked = {url for url in visitor.browser.requests if not url.startswith(("data:", "blob:", "about:"))}
-    assert all(url.startswith(visitor.address) for url in asked), asked
+    assert all(url.startswith(visitor.address) for url in asked), {
+        url for url in asked if not url.startswith(visitor.address)
+    }
 
 
 @pytest.mark.slow
@@ -296,11 +299,42 @@ def test_the_page_says_what_is_wrong_with_a_file_or_a_question(open_page, tmp_pa
     visitor.wait("document.querySelector('#about [role=alert]') !== null")
     assert visitor.text("#about") == "This file cannot be read as a video. MP4, WebM and MOV files work."
     visitor.open()
-    visitor.pick(QUESTION)
+    visitor.upload(ROOT / "samples" / "video-1.mp4")
+    visitor.wait("document.querySelector('#about').innerText.includes('encoded once')")
     visitor.type(" ")
     visitor.browser.evaluate("document.querySelector('#ask').click()")
     visitor.wait("document.querySelector('#answers [role=alert]')?.innerText === 'Type a question first.'")
     visitor.browser.problems.clear()  # the player's own, about what it cannot play
+
+
+def post(address, content, kind):
+    request = urllib.request.Request(address, content, {"Content-Type": kind})
+    with urllib.request.urlopen(request) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.slow
+def test_a_file_that_nobody_uploaded_is_not_read(address):
+    """What a program sends that is no browser: the path of a file of the server."""
+    secret = {"path": str(ROOT / "samples" / "video-1.mp4"), "meta": {"_type": "gradio.FileData"}}
+    with urllib.request.urlopen(f"{address}config") as answer:
+        (event,) = [one for one in json.loads(answer.read())["dependencies"] if one["api_name"] == "open_video"]
+    data = {"data": [None, secret], "fn_index": event["id"], "session_hash": "somebody"}
+    post(f"{address}gradio_api/queue/join", json.dumps(data).encode(), "application/json")
+    with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=somebody") as events:
+        messages = [json.loads(line[5:]) for line in events if line.startswith(b"data:")]
+    (done,) = [message for message in messages if message["msg"] == "process_completed"]
+    assert not done["success"] and "samples" not in json.dumps(messages)
+
+
+@pytest.mark.slow
+def test_an_upload_that_is_too_large_is_cut_off(address):
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
+    kind = "multipart/form-data; boundary=b"
+    assert post(f"{address}gradio_api/upload", head + b"small\r\n--b--\r\n", kind)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        post(f"{address}gradio_api/upload", head + bytes(engine_file.MAX_BYTES + 1) + b"\r\n--b--\r\n", kind)
+    assert error.value.code == 413
 
 
 @pytest.mark.slow
@@ -320,10 +354,6 @@ def test_the_page_fits_and_follows_light_and_dark(open_page, width, scheme):
 
 
 def brightness(shot):
-    import io
-
-    from PIL import Image, ImageStat
-
     return ImageStat.Stat(Image.open(io.BytesIO(shot)).convert("L")).median[0]
 
 
