@@ -59,11 +59,11 @@ def backwards(self, tokens, num_kept, pruning):
     return [values.flip(1) for values in real_reduce(self, tokens, num_kept, pruning)]
 
 
-real_columns, real_sizes, real_reduce = forward.unpruned_columns, pruner.group_sizes, Method.reduce
+real_columns, real_sizes, real_reduce = language.unpruned_columns, pruner.group_sizes, Method.reduce
 FAULTS = {
     "another count": (Method, "count", one_more, "placeholders|keeps"),
     "another order": (Method, "reduce", backwards, "is not ascending"),
-    "gaps in other places": (forward, "unpruned_columns", late_gaps, "logits differ"),
+    "gaps in other places": (language, "unpruned_columns", late_gaps, "logits differ"),
     "other sizes": (pruner, "group_sizes", lambda *args: real_sizes(*args) + 1, "sizes add up to"),
     "a cache that forgets": (language, "read_record", lambda *args: None, "logits differ|Error"),
     "sizes without weight": (language, "all_sizes", lambda *args: None, "logits differ"),
