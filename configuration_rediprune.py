@@ -76,7 +76,6 @@ class PrunedConfigMixin:
         model_class, model_file, processor_class: names of the classes that load with it, and of the file of the model's.
         can_merge_in_encoder, cannot_merge_because: whether methods that merge in the vision encoder work, and why not.
         tower_type: the `model_type` of its vision tower; one that is no CLIP has neither CLS nor CLIP's joint space.
-        positions_have_gaps: whether tokens at original positions leave gaps that attention can see.
     """
 
     base_model_type = model_class = processor_class = ""
@@ -86,7 +85,6 @@ class PrunedConfigMixin:
     fallback_template = True
     can_merge_in_encoder, cannot_merge_because = True, ""
     tower_type = CLIPVisionConfig.model_type
-    positions_have_gaps = True
 
     def __init__(self, *args, pruning=None, weights_from=None, weights_revision=None, **kwargs):
         kwargs.pop("model_type", None)  # the stock one, in the config.json of a stock checkpoint
@@ -300,7 +298,6 @@ class QwenConfigMixin(PrunedConfigMixin):
     fallback_template = False
     can_merge_in_encoder = False
     cannot_merge_because = "its tower merges squares of patches and attends in windows, and has no CLS"
-    positions_have_gaps = False
 
     @classmethod
     def check_tower(cls, vision_config):

@@ -13,7 +13,7 @@ from tiny import PATCHES, POOLED, random_video, save_clip, tiny_model, tiny_proc
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 SINGLE = [name for name, method in METHODS.items() if not method.merges_in_encoder]
 QUESTION, OTHER = "USER : <video> which way does it move ?", "USER : <video> how many ? red"
-MEDIA = ("pixel_values", "image_", "video_", "second_per", "mm_token")
+MEDIA = ("batch_num_images", "pixel_values", "image_", "video_", "second_per", "mm_token")
 GENERATE = {"max_new_tokens": 3, "do_sample": False}
 
 
@@ -37,8 +37,8 @@ def no_encoder(model, monkeypatch):
         raise AssertionError("the vision encoder ran")
 
     monkeypatch.setattr(model, "encode_items", encode)
-    for module in model.encoder_modules():
-        monkeypatch.setattr(module, "forward", encode)
+    for kind in model.layout_class.kinds:
+        monkeypatch.setattr(model.tower_of(kind)[0], "forward", encode)
 
 
 @EVERY_FAMILY
@@ -288,3 +288,20 @@ def test_the_fingerprint_is_of_values_names_shapes_and_dtypes():
     assert weights_fingerprint([tower]) != weights_fingerprint([copy.deepcopy(tower).bfloat16()])
     assert weights_fingerprint([tower]) != weights_fingerprint([tower, tower])
     assert weights_fingerprint([copy.deepcopy(tower).to("meta")]) != weights_fingerprint([tower])
+
+
+def test_the_layers_after_the_tapped_one_do_not_run(video):
+    """And what they would not have changed is the stock tower's, to the bit."""
+    processor, model = tiny_processor(keep_ratio=0.25), tiny_model(keep_ratio=0.25, video_pooling=False)
+    pixels = processor(text=QUESTION, videos=[video])["pixel_values_videos"]
+    tower, ran = model.model.vision_tower, []
+    expected = tower(pixels[0], output_hidden_states=True).hidden_states[model.config.vision_feature_layer][:, 1:]
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    hooks = [
+        layer.register_forward_hook(lambda *args, index=index: ran.append(index)) for index, layer in enumerate(layers)
+    ]
+    (item,) = model.encode_media(pixel_values_videos=pixels).items
+    for hook in hooks:
+        hook.remove()
+    assert ran == [0, 1] and len(layers) == 3
+    assert torch.equal(item.sets[0]["features"], expected)

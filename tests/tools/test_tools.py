@@ -166,7 +166,6 @@ WRITERS = {
     "visualize": ["--output", "OUTPUT", *VIDEO, "--questions", "what?"],
     "evaluate": ["--output", "OUTPUT"],
     "evaluate_plots": [str(ROOT / "docs" / "results" / "ablation-image.json"), "--output", "OUTPUT"],
-    "evaluate_frames": ["--output", "OUTPUT"],
     "relevance_study": ["--output", "OUTPUT"],
     "benchmark": ["--output", "OUTPUT"],
     "encoder_cost": ["--output", "OUTPUT"],
