@@ -70,3 +70,9 @@ def test_counts_follow_from_the_sides_of_a_grid():
 def test_frames_are_made_coarser_one_by_one(scope):
     with pytest.raises(ValueError, match=f"scope is '{scope}', but method='downsample'.*leave scope at None"):
         PruningConfig(method="downsample", scope=scope)
+
+
+def test_a_budget_in_tokens_is_one_of_each_frame():
+    pruning = PruningConfig(method="downsample", keep_tokens=22)
+    assert pruning.count(144) == pruning.count_in_grid(TokenGrid(1, 12, 12)) == 20
+    assert pruning.count_in_grid(TokenGrid(1, 3, 5)) == 15 and pruning.count(22) == 22
