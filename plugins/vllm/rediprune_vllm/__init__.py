@@ -5,12 +5,18 @@ Counts, encoders and methods are the code of the variant itself, loaded from its
 them.
 """
 
-FAMILIES = (
+SERVED = (
     "ReDiPruneLlavaNextVideoForConditionalGeneration",
     "ReDiPruneLlavaForConditionalGeneration",
     "ReDiPruneLlavaNextForConditionalGeneration",
     "ReDiPruneVideoLlavaForConditionalGeneration",
 )
+# Named here so that they are refused: vLLM would take them for models of transformers, and prune nothing or fail later.
+REFUSED = {
+    "ReDiPruneLlavaOnevisionForConditionalGeneration": "how its images are tiled depends on how many are in the prompt",
+    "ReDiPruneQwen2_5_VLForConditionalGeneration": "positions of pictures in it have coordinates of their own",
+    "ReDiPruneQwen3VLForConditionalGeneration": "positions of pictures in it have coordinates of their own",
+}
 
 
 def register() -> None:
@@ -27,7 +33,7 @@ def register() -> None:
     from .loading import LinkedLoader
     from .video import UndecodedVideo
 
-    for family in FAMILIES:
+    for family in (*SERVED, *REFUSED):
         ModelRegistry.register_model(family, "rediprune_vllm.model:PrunedModel")
         MODELS_CONFIG_MAP[family] = PrunedConfig
     if NAME not in RENDERER_REGISTRY.renderers:

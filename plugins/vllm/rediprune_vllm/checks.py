@@ -2,6 +2,7 @@
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from . import REFUSED, SERVED
 from .repository import class_of, plain_config
 
 NAME = "rediprune"  # of the renderer, the tokenizer, the video loader and the loader of weights
@@ -15,9 +16,14 @@ class PrunedConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config) -> None:
         """
         Raises:
-            ValueError: an argument of the engine that does not work with pruning.
+            ValueError: an argument of the engine that does not work with pruning, or a family that is not served.
         """
         multimodal = model_config.multimodal_config
+        if model_config.architecture in REFUSED:
+            raise ValueError(
+                f"{model_config.architecture} is not served by this package yet: {REFUSED[model_config.architecture]}. Run it with "
+                f"transformers, or serve one of {', '.join(SERVED)}."
+            )
         refuse(
             {
                 f"--tokenizer-mode {model_config.tokenizer_mode}": model_config.tokenizer_mode

@@ -88,10 +88,11 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         ratio, tokens = float(fields["keep_ratio"]), int(fields["keep_tokens"])
         pruning = vision.config.pruning.with_budget(ratio or None, tokens or None)
         pixels = {"image": None, "video": None, kind: fields["pixels"][None]}
-        sizes = fields["image_size"][None] if vision.frame_size.pinpoints is not None and kind == "image" else None
+        tiled = kind == "image" and vision.frame_size.pinpoints is not None
+        sizes = self.code["core_items"].MediaSizes(image_sizes=fields["image_size"][None] if tiled else None)
         (layout,) = vision.layouts_of(pixels, sizes, pruning)
         item = self.code["core_items"].MediaItem(layout, row=0)
-        self._encode(item, pixels, sizes, pruning, bytes(fields["media_key"].tolist()))
+        self._encode(item, pixels, pruning, bytes(fields["media_key"].tolist()))
         vision.prune_items([item], pruning, self._question(fields, pruning))
         embeds = vision.project_items([item], pruning)
         if len(embeds) != int(fields["num_tokens"]):  # vLLM would leave out the rest of them
@@ -100,13 +101,13 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
             )
         return torch.cat([embeds, marks(item, embeds)], dim=-1) if self.moves_positions else embeds
 
-    def _encode(self, item, pixels: dict, sizes, pruning, media_key: bytes) -> None:
+    def _encode(self, item, pixels: dict, pruning, media_key: bytes) -> None:
         """Fills in the sets of the item, from the cache where it was asked about before."""
         merges = pruning.prunes and self.code["methods_registry"].METHODS[pruning.method].merges_in_encoder
         key = (item.kind, media_key, pruning.prunes, pruning.budget if merges else None)
         item.sets = self.media.get(key, pixels[item.kind].device)
         if item.sets is None:
-            self.vision.encode_items([item], pixels, sizes, pruning)
+            self.vision.encode_items([item], pixels, pruning)
             self.media.put(key, item.sets)
 
     def _question(self, fields: dict, pruning):

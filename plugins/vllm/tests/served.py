@@ -79,6 +79,23 @@ class Served:
         request = {"prompt": prompt_of(media, question), "multi_modal_data": data}
         return {**request, "mm_processor_kwargs": options} if options else request
 
+    def forget(self) -> None:
+        """Empties every cache."""
+        self.llm.reset_prefix_cache()
+        self.llm.reset_mm_cache()
+        self.llm.llm_engine.reset_encoder_cache()
+        self.model.media.clear()
+
+    def prune_by(self, method: str) -> None:
+        """Another method, one that moves no positions: starting an engine for each takes longer than what they answer."""
+        from rediprune_vllm.processing import Info
+
+        self.forget()
+        self.model.vision.config.pruning = {"method": method}
+        for info in gc.get_objects():
+            if isinstance(info, Info):
+                info.processor.set_pruning({"method": method})
+
     def stop(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -97,6 +114,10 @@ class Reference:
         options = {"trust_remote_code": True, **({"pruning": pruning} if pruning else {})}
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **options).eval()
         self.processor = AutoProcessor.from_pretrained(folder, **options)
+
+    def prune_by(self, method: str) -> None:
+        self.model.config.pruning = {"method": method}
+        self.processor.set_pruning({"method": method})
 
     def inputs(self, media, question, text=None, **options):
         files = {

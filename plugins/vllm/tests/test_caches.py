@@ -31,14 +31,7 @@ def both(request, serve):
 
 @pytest.fixture(autouse=True)
 def nothing_cached(both):
-    forget(both[0])
-
-
-def forget(engine):
-    engine.llm.reset_prefix_cache()
-    engine.llm.reset_mm_cache()
-    engine.llm.llm_engine.reset_encoder_cache()
-    engine.model.media.clear()
+    both[0].forget()
 
 
 def test_what_is_asked_in_every_order_together_and_apart(both):
@@ -46,7 +39,7 @@ def test_what_is_asked_in_every_order_together_and_apart(both):
     expected = dict(zip(range(3), reference.answers(ASKED)))
     for order in itertools.permutations(range(3)):
         for groups in ([order], [[index] for index in order], [order, order]):
-            forget(engine)
+            engine.forget()
             encoded = 0
             for group in groups:
                 answers = engine.answers([ASKED[index] for index in group])
@@ -97,7 +90,7 @@ def test_the_cache_of_media_is_bounded(both):
     media.max_bytes, limit = int(1.5 * size), media.max_bytes
     try:
         for _ in range(2):
-            forget(engine)
+            engine.forget()
             for asked in (ASKED[0], ASKED[2], ASKED[1]):
                 assert engine.answers([asked]) == reference.answers([asked])
                 assert media.num_bytes == size and engine.encoded == 1

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 from families import FAMILIES
+from rediprune_vllm import REFUSED as REFUSED_FAMILIES
+from rediprune_vllm import SERVED
 
 REFUSED = {
     "video_pruning_rate": ({"video_pruning_rate": 0.5}, "'pruning' in config.json"),
@@ -65,3 +67,17 @@ def test_a_linked_variant_is_read_as_safetensors(tmp_path):
     with pytest.raises(ValueError, match="--load-format pt"):
         configure(tmp_path / "variant", load_format="pt")
     assert json.loads((tmp_path / "variant" / "config.json").read_text())["weights_from"]
+
+
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each.config_class.model_class in REFUSED_FAMILIES])
+def test_families_that_are_not_served(family, tmp_path):
+    (tmp_path / "base").mkdir()
+    base = family.save_stock_checkpoint(tmp_path / "base")
+    command = [sys.executable, str(ROOT / "scripts" / "export.py"), str(base), "--link", "--no-check"]
+    subprocess.run([*command, "--output", str(tmp_path / "variant")], check=True)
+    with pytest.raises(ValueError, match="is not served by this package yet"):
+        configure(tmp_path / "variant")
+
+
+def test_every_family_is_served_or_refused():
+    assert {each.config_class.model_class for each in FAMILIES} == {*SERVED, *REFUSED_FAMILIES}
