@@ -24,8 +24,7 @@ def test_every_method(method, both):
     engine.prune_by(method), reference.prune_by(method)
     asked = ASKED[:-1] if method == "random" else ASKED  # which draws anew for each medium of a prompt
     assert engine.answers(asked) == reference.answers(asked)
-    if METHODS[method].count(100, reference.processor.pruning) < 100:
-        assert set(engine.pruned) == reference.pruned(asked)
+    assert set(engine.pruned) == reference.pruned(asked)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_next_video", "video_llava"])
