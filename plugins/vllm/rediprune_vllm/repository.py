@@ -31,5 +31,6 @@ def plain_config(model_class, hf_config):
     What the engine adds to it for itself is not in there.
     """
     values = hf_config.to_dict()
-    (values["text_config"].get("rope_parameters") or {}).pop("mrope_section", None)
+    for name in ("rope_parameters", "rope_scaling"):  # of transformers 5, and of 4.57
+        (values["text_config"].get(name) or {}).pop("mrope_section", None)
     return model_class.config_class.from_dict(values)

@@ -7,18 +7,22 @@ from conftest import ROOT
 from served import MEDIA
 
 SETTINGS = {
-    "rediprune": {},
+    "rediprune": {"method": "rediprune"},
     "rediprune_plus": {"method": "rediprune_plus"},
-    "original positions": {"positions": "original"},
-    "token sizes": {"proportional_attention": True},
-    "merged": {"positions": "original", "proportional_attention": True, "merge_weight": 0.5, "scope": "video"},
-    "attention": {"relevance": "attention", "relevance_layer": 2, "scope": "item"},
-    "projected": {"relevance": "projected", "distance": "projected", "time_weight": 0.3},
+    "original positions": {"method": "rediprune", "positions": "original"},
+    "token sizes": {"method": "rediprune", "proportional_attention": True},
+    "merged": {
+        "method": "rediprune",
+        "positions": "original",
+        "proportional_attention": True,
+        "merge_weight": 0.5,
+        "scope": "video",
+    },
+    "attention": {"method": "rediprune", "relevance": "attention", "relevance_layer": 2, "scope": "item"},
+    "projected": {"method": "rediprune", "relevance": "projected", "distance": "projected", "time_weight": 0.3},
     "scaled": {"method": "rediprune_plus", "positions": "scaled"},
-    "unpooled": {"video_pooling": False, "keep_ratio": 0.05},
+    "unpooled": {"method": "rediprune", "video_pooling": False, "keep_ratio": 0.05},
 }
-
-
 ALL = ("rediprune", "rediprune_plus", "merged")  # that are asked all of the questions
 
 

@@ -15,7 +15,7 @@ ASKED = [([name], QUESTION) for name in MEDIA] + [(MEDIA[1:3], "where is the red
 
 @pytest.fixture(scope="module")
 def both(serve):
-    return serve()
+    return serve(method="rediprune")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "rediprune_plus"])  # which others test

@@ -28,7 +28,7 @@ REFUSED = {
     "rotary angles": (
         {
             "hf_overrides": {
-                "pruning": {"positions": "original"},
+                "pruning": {"method": "rediprune", "positions": "original"},
                 "text_config": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
             }
         },
