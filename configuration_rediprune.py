@@ -174,7 +174,7 @@ class PrunedConfigMixin:
         missing = sorted(method.required_signals & CLS_SIGNALS)
         if missing:
             raise ValueError(
-                f"method={pruning.method!r} needs the attention of CLS ({', '.join(missing)}), but the vision tower of "
+                f"method={pruning.method!r} needs what a tower with CLS tells ({', '.join(missing)}), but the vision tower of "
                 f"{cls.base_model_type!r}, a {cls.tower_type!r}, has no CLS. Choose another method, such as 'rediprune'."
             )
         if pruning.text_tower is not None:
@@ -282,6 +282,7 @@ class ReDiPruneLlavaOnevisionConfig(PrunedConfigMixin, LlavaOnevisionConfig):
     processor_class = "ReDiPruneLlavaOnevisionProcessor"
     takes_videos, video_processor = True, "LlavaOnevisionVideoProcessor"
     trained_frames = 32
+    fallback_template = False
     tower_type = SiglipVisionConfig.model_type
     can_merge_in_encoder = False
     cannot_merge_because = "its vision tower has no CLS, whose attention decides what is merged"

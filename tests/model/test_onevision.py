@@ -161,3 +161,14 @@ def test_beams_where_nothing_is_pruned():
         assert torch.equal(model.generate(**alone, **options)[:, -3:], together[row])
         if text.count("<image>") < 2:
             assert torch.equal(stock.generate(**stock_inputs(FAMILY, alone), **options)[:, -3:], together[row])
+
+
+def test_encoded_frames_are_those_of_their_projector():
+    processor, model = pair(keep_ratio=0.3)
+    inputs = processor(text="<video> where", videos=[random_video()])
+    encoded = model.encode_media(**inputs)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(model(**text, encoded_media=encoded).logits, model(**inputs).logits)
+    model.model.multi_modal_projector.linear_2.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights"):
+        model(**text, encoded_media=encoded)
