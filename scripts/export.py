@@ -1,5 +1,5 @@
 """Makes a pruned variant of a checkpoint: a folder, a repository on the Hub, or both. The family is that of the base's
-`model_type`: LLaVA-1.5, LLaVA-NeXT, LLaVA-NeXT-Video or Video-LLaVA.
+`model_type`: LLaVA-1.5, LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision, Video-LLaVA, Qwen2.5-VL or Qwen3-VL.
 
 A variant holds the code, config.json with the pruning block, and the tokenizer and processor files. Its weights are copied
 (--copy), or stay where they are and are named in config.json (--link): then the variant is some hundred kB.

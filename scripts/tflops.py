@@ -3,14 +3,17 @@
 The paper counts a layer on n tokens of width d, with an MLP of width m, as 4 n d^2 + 2 n^2 d + 2 n d m, and the language
 model's prefill alone: no vision encoder, projector, selection, head or decoding; two of Llama's three MLP matrices; and multiply-adds,
 of which each is two floating-point operations. Its LLaVA-NeXT-Video numbers are for 576 tokens a frame, without the pooling
-to 144 that the checkpoint was trained with, so that the baseline is four times the native one: both are printed.
+to 144 that the checkpoint was trained with, so that the baseline is four times the native one: both are printed. The formula counts
+keys and values as wide as queries, which those of Qwen2 in LLaVA-OneVision are not.
 
 Examples:
     python scripts/tflops.py
     python scripts/tflops.py --frames 16 --keep-ratio 0.05 0.1 --text 60
+    python scripts/tflops.py --model llava-onevision-7b --frames 32
 """
 
 import argparse
+from typing import NamedTuple
 
 from repository import at_least_one, code_module, keep_ratio
 
@@ -28,16 +31,21 @@ def prefill(visual_tokens: int, text_tokens: int, layers: int = 32, width: int =
 
 
 def encoder(
-    num_kept: int = CLIP_L_PATCHES, num_patches: int = CLIP_L_PATCHES, layers=23, width=1024, mlp_width=4096
+    num_kept: int = CLIP_L_PATCHES,
+    num_patches: int = CLIP_L_PATCHES,
+    layers=23,
+    width=1024,
+    mlp_width=4096,
+    with_cls=True,
 ) -> float:
     """The same of the vision encoder for one frame whose patches merge to `num_kept` (EvoPrune, reconstruction)."""
     schedule = {}
     if num_kept < num_patches:
         schedule = code_module("ops_merging").merging_schedule(num_patches, num_kept, layers)
-    total, tokens = 0, num_patches + 1
+    total, tokens = 0, num_patches + with_cls
     for layer in range(layers):
         total += 4 * tokens * width**2 + 2 * tokens**2 * width
-        tokens = schedule.get(layer, tokens - 1) + 1  # CLS stays; merging is between attention and MLP
+        tokens = schedule.get(layer, tokens - with_cls) + with_cls  # CLS stays; merging is between attention and MLP
         total += 2 * tokens * width * mlp_width
     return total / 1e12
 
@@ -55,8 +63,44 @@ def attention_relevance(
     return (reading + projector + comparing) / 1e12
 
 
+class Sizes(NamedTuple):
+    """
+    What the table needs of a model.
+
+    Attributes:
+        pooled, unpooled: tokens of a frame with the checkpoint's own pooling, and without it.
+        newlines: tokens of a video beside them when nothing is pruned.
+        language: arguments of `prefill`.
+        vision: arguments of `encoder`.
+        merges: whether its tower can merge patches, as `evoprune` does.
+    """
+
+    title: str
+    pooled: int
+    unpooled: int
+    newlines: int
+    language: dict
+    vision: dict
+    merges: bool
+
+
+MODELS = {
+    "llava-next-video-7b": Sizes("LLaVA-NeXT-Video-7B", 144, CLIP_L_PATCHES, 0, {}, {}, True),
+    "llava-onevision-7b": Sizes(
+        "LLaVA-OneVision-Qwen2-7B",
+        196,
+        729,
+        1,
+        {"layers": 28, "width": 3584, "mlp_width": 18944},
+        {"num_kept": 729, "num_patches": 729, "layers": 26, "width": 1152, "mlp_width": 4304, "with_cls": False},
+        False,
+    ),
+}
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llava-next-video-7b", help="default: %(default)s")
     parser.add_argument("--frames", type=at_least_one, default=8)
     parser.add_argument("--keep-ratio", type=keep_ratio, nargs="+", default=[0.25, 0.15, 0.1, 0.05])
     parser.add_argument(
@@ -68,17 +112,25 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     count_kept = code_module("ops_selection").count_kept
-    frames, text = args.frames, args.text
-    native, unpooled = prefill(144 * frames, text), prefill(576 * frames, text)
-    print(f"LLaVA-NeXT-Video-7B, {frames} frames, {text} text tokens, in 10^12 multiply-adds")
-    print(f"prefill, native (144 tokens a frame): {native:.3f}; without pooling (576 a frame): {unpooled:.3f}")
-    print(f"vision encoder: {frames * encoder():.3f}\n")
-    header = "video_pooling, keep ratio, tokens, prefill, of native, of 576 a frame, encoder with evoprune, relevance attention"
-    print("| " + header.replace(", ", " | ") + " |\n" + "|---" * 8 + "|")
-    for pooling, size in (("true", 144), ("false", 576)):
+    frames, text, sizes = args.frames, args.text, MODELS[args.model]
+
+    def cost_of(visual_tokens):
+        return prefill(visual_tokens, text, **sizes.language)
+
+    native, unpooled = (cost_of(frames * size + sizes.newlines) for size in (sizes.pooled, sizes.unpooled))
+    whole = encoder(**sizes.vision)
+    print(f"{sizes.title}, {frames} frames, {text} text tokens, in 10^12 multiply-adds")
+    print(
+        f"prefill, native ({sizes.pooled} tokens a frame): {native:.3f}; without pooling ({sizes.unpooled} a frame): {unpooled:.3f}"
+    )
+    print(f"vision encoder: {frames * whole:.3f}\n")
+    header = ["video_pooling", "keep ratio", "tokens", "prefill", "of native", f"of {sizes.unpooled} a frame"]
+    header += ["encoder with evoprune", "relevance attention"] if sizes.merges else []
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for pooling, size in (("true", sizes.pooled), ("false", sizes.unpooled)):
         for ratio in args.keep_ratio:
             kept = count_kept(size, ratio)
-            cost = prefill(frames * kept, text)
+            cost = cost_of(frames * kept)
             row = [
                 pooling,
                 f"{ratio:g}",
@@ -87,7 +139,8 @@ def main():
                 f"{cost / native:.1%}",
                 f"{cost / unpooled:.1%}",
             ]
-            row += [f"{encoder(kept) / encoder():.1%}", f"{attention_relevance(frames * size, text):.3f}"]
+            if sizes.merges:
+                row += [f"{encoder(kept) / whole:.1%}", f"{attention_relevance(frames * size, text):.3f}"]
             print("| " + " | ".join(row) + " |")
 
 

@@ -6,6 +6,7 @@ import sys
 
 import encoder_cost
 import pytest
+import tflops
 import torch
 from encoder_cost import count_flops
 from rediprune.vision_clip import encode_and_merge
@@ -43,6 +44,22 @@ def test_prefill(full, kept, texts, cost, pruned, share):
     assert mean(kept, texts) == pytest.approx(pruned, abs=5.01e-4)
     shares = [prefill(kept, text) / prefill(full, text) for text in texts]
     assert 100 * sum(shares) / len(shares) == pytest.approx(share, abs=0.01)
+
+
+def test_onevision(monkeypatch, capsys):
+    """32 frames of 196 tokens and a newline through Qwen2-7B, by hand; keys and values as wide as queries, as in the formula."""
+    monkeypatch.setattr(
+        sys, "argv", ["tflops.py", "--model", "llava-onevision-7b", "--frames", "32", "--keep-ratio", "0.1"]
+    )
+    tflops.main()
+    printed = capsys.readouterr().out
+    whole, kept = (
+        28 * (4 * n * 3584**2 + 2 * n**2 * 3584 + 2 * n * 3584 * 18944) / 1e12
+        for n in (32 * 196 + 1 + 60, 32 * 20 + 60)
+    )
+    frame = 26 * (4 * 729 * 1152**2 + 2 * 729**2 * 1152 + 2 * 729 * 1152 * 4304) / 1e12
+    assert f"native (196 tokens a frame): {whole:.3f}" in printed and f"vision encoder: {32 * frame:.3f}" in printed
+    assert f"| true | 0.1 | 32 x 20 | {kept:.3f} | {kept / whole:.1%} |" in printed and "evoprune" not in printed
 
 
 def test_encoder():
