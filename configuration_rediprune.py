@@ -171,6 +171,11 @@ class PrunedConfigMixin:
             )
         if cls.tower_type == CLIPVisionConfig.model_type:
             return
+        if cls.tower_type != SiglipVisionConfig.model_type and "last_attention" in method.required_signals:
+            raise ValueError(
+                f"method={pruning.method!r} needs what patches receive of attention in the last layer of the vision tower, which that "
+                f"of {cls.base_model_type!r}, a {cls.tower_type!r}, does not tell. Choose another method, such as 'rediprune'."
+            )
         missing = sorted(method.required_signals & CLS_SIGNALS)
         if missing:
             raise ValueError(

@@ -12,10 +12,10 @@ import torch
 
 from .core_items import MediaItem
 from .core_layout import Layout
-from .methods_base import CLS_SIGNALS
+from .methods_base import TOWER_SIGNALS
 from .methods_registry import METHODS
 
-ENCODER_SIGNALS = CLS_SIGNALS | {"joint"}
+ENCODER_SIGNALS = TOWER_SIGNALS | {"joint"}
 SAMPLED_VALUES = 16  # of each weight, for the fingerprint
 
 

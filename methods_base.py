@@ -8,7 +8,9 @@ import torch
 from .ops_tokens import gather_tokens
 
 # What the encoder tells of a tower with a CLS token.
-CLS_SIGNALS = frozenset({"cls_attention", "keys", "cls_features", "last_cls_attention", "last_keys", "last_attention"})
+CLS_SIGNALS = frozenset({"cls_attention", "keys", "cls_features", "last_cls_attention", "last_keys"})
+# What it tells of any tower of such layers: this, and of one without CLS the last alone.
+TOWER_SIGNALS = CLS_SIGNALS | {"last_attention"}
 
 
 @dataclass

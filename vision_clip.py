@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .hub_versions import clip_transformer, layer_states, no_masks
-from .methods_base import CLS_SIGNALS
+from .methods_base import TOWER_SIGNALS
 from .ops_merging import merge_tokens, merging_schedule
 from .ops_tokens import gather_tokens
 
@@ -55,7 +55,7 @@ def _from_start(tap: int, layers) -> int:
 def _states_read(tap: int, layers, required_signals) -> set:
     """Indices of the hidden states from which `read_attention` computes the required signals: the inputs of their layers."""
     states = {"tap": max(_from_start(tap, layers) - 1, 0), "last": len(layers) - 1}
-    read = required_signals & CLS_SIGNALS - {"cls_features"}  # which is of the tapped state itself
+    read = required_signals & TOWER_SIGNALS - {"cls_features"}  # which is of the tapped state itself
     return {states["last" if name.startswith("last_") else "tap"] for name in read}
 
 
@@ -71,7 +71,7 @@ def read_attention(tower, states, tap: int, required_signals, with_cls: bool = F
         required_signals: which of `"cls_attention"`, `"keys"` (of the layer whose output is tapped, mean over heads),
             `"cls_features"` (CLS in that output), `"last_cls_attention"`, `"last_keys"` (of the last layer, with its heads taken
             as one) and `"last_attention"` (what each receives there from all, CLS too, mean over heads).
-        with_cls: whether CLS is a token like the patches, and the first of them.
+        with_cls: whether all tokens count: CLS is one like the patches, and the first of them, or there is none.
 
     Returns:
         `dict` with these names: attentions (N, P, 1) fp32, which with that of CLS itself add up to 1, keys (N, P, D), and CLS

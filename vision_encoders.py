@@ -201,18 +201,22 @@ class LlavaOnevisionEncoder(LlavaNextEncoder):
             return [signals]
         if not layout.projected:
             return super().sets_of_image(layout, signals)
-        features = self.model.model.multi_modal_projector(signals["features"])
-        tiles = _cropped_tiles(features[1:], layout.crop, self.frame.side)
-        tiles = tiles.mT.unflatten(2, (layout.crop.height, layout.crop.width))
-        tiles = F.interpolate(tiles, layout.grids[-1][1:3], mode="bilinear").flatten(2).mT
-        return [{"features": features[:1]}, {"features": tiles}]
+        signals["features"] = self.model.model.multi_modal_projector(signals["features"])
+
+        def shrunk(values: torch.Tensor) -> torch.Tensor:
+            tiles = _cropped_tiles(values[1:], layout.crop, self.frame.side)
+            tiles = tiles.mT.unflatten(2, (layout.crop.height, layout.crop.width))
+            return F.interpolate(tiles, layout.grids[-1][1:3], mode="bilinear").flatten(2).mT
+
+        return [_map(signals, lambda values: values[:1]), _map(signals, shrunk)]
 
     def encode_videos(self, videos: list, pixels: torch.Tensor) -> None:
         """`pixels`: (videos, frames, 3, height, width)."""
         signals = self.patch_signals(pixels.flatten(0, 1), "video")
         if self.pruning.video_pooling:
             model = self.model.model
-            signals["features"] = model.apply_pooling(model.multi_modal_projector(signals["features"]))
+            signals["features"] = model.multi_modal_projector(signals["features"])
+            signals = _map(signals, model.apply_pooling)
         for index, item in enumerate(videos):
             item.sets = [_map(signals, lambda values: values.chunk(len(videos))[index])]
 

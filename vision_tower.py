@@ -59,7 +59,8 @@ class ClipTowerMixin:
                 f"the vision tower gives {features.shape[1]} tokens an image, but {num_patches} are patches; pruning needs "
                 f"patches alone, and vision_feature_select_strategy={strategy!r} does not leave them."
             )
-        return {"features": features, **read_attention(tower, states, layers[-1], signals, cls_stays)}
+        is_whole = features.shape[1] == states[layers[-1] % number].shape[1]
+        return {"features": features, **read_attention(tower, states, layers[-1], signals, is_whole)}
 
     def joint_space(self) -> JointSpace:
         """The [`JointSpace`] of the configured text tower, loaded when it is first asked for. None of this model's weights."""

@@ -259,6 +259,30 @@ def test_a_method_knows_the_grid_of_its_sets(family, scope):
 
 
 @torch.no_grad()
+def test_attention_of_a_tower_without_cls():
+    """A SigLIP gives what the methods of SigLIP's papers read; pooled like the features."""
+    family = next(family for family in FAMILIES if family.name == "llava_onevision")
+    model, processor = (
+        family.model(method="flashvid", keep_ratio=0.3),
+        family.processor(method="flashvid", keep_ratio=0.3),
+    )
+    tower = model.model.vision_tower
+    pixels = torch.randn(
+        3, 3, tower.config.image_size, tower.config.image_size, generator=torch.Generator().manual_seed(0)
+    )
+    found = model.patch_features(pixels, {"last_attention"})
+    tower.set_attn_implementation("eager")
+    received = tower(pixels, output_attentions=True).attentions[-1].mean((1, 2))[..., None]
+    torch.testing.assert_close(found["last_attention"], received, atol=1e-5, rtol=1e-4)
+    tower.set_attn_implementation("sdpa")
+    for index in range(len(family.prompts())):
+        for item in model.select_tokens(**family.inputs(processor, index), return_signals=True):
+            assert all(
+                signals.last_attention.shape == signals.features.shape[:2] for signals in item.signals if signals
+            )
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["vidcom2", "fastvid"])
 def test_what_was_pruned_behind_the_projector_goes_on_as_it_is(name, monkeypatch):
     pruning = {"method": name, "keep_ratio": 0.3}
