@@ -123,6 +123,7 @@ def start_server(variant: Path, dtype: str, log) -> tuple:
     command = [*VLLM, "serve", str(variant), "--trust-remote-code"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "variant", "--dtype", dtype]
     command += ["--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "8"]
+    command += ["--trust-request-mm-kwargs"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     deadline = time.monotonic() + 300

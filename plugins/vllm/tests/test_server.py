@@ -25,7 +25,7 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     command = [sys.executable, str(ROOT / "plugins" / "vllm" / "cli.py"), "serve", str(ROOT), "--trust-remote-code"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "variant"]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--trust-request-mm-kwargs"]
     with open(log, "wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
