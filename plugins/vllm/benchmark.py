@@ -44,7 +44,12 @@ QUESTION = "what colour is the star?"
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--requests", type=int, default=8, help="of each cell in a round (default: %(default)s)")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=4,
+        help="of each cell in a round, and one for each client (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--keep-ratio", type=float, default=0.15)
@@ -179,7 +184,7 @@ def measure(port: int, args, finished_round) -> None:
     for turn in range(-1, args.rounds):  # the first is not counted
         for clients in args.clients if turn >= 0 else [max(args.clients)]:
             for ratio in (1.0, args.keep_ratio):
-                videos = [make_video(next(seeds)) for _ in range(args.requests)]
+                videos = [make_video(next(seeds)) for _ in range(max(args.requests, clients))]
                 start = time.perf_counter()
                 with ThreadPoolExecutor(clients) as pool:
                     firsts = list(pool.map(lambda video: ask(client, video, ratio, args.new_tokens), videos))
@@ -247,7 +252,7 @@ def markdown(report: dict) -> str:
         f"{report['load_average'][1]:.1f}.  ",
         f"Random weights, {report['language_parameters'] / 1e6:.0f} million parameters in the language model; videos of {FRAMES} frames, "
         f"{report['visual_tokens']['unpruned']} visual tokens unpruned and {report['visual_tokens']['pruned']} pruned, {args['new_tokens']} "
-        f"new tokens. {report['rounds']} rounds of {args['requests']} requests in each cell after one to warm up, in turns; medians, in brackets "
+        f"new tokens. {report['rounds']} rounds of {args['requests']} requests in each cell, and of at least one for each client, after one to warm up, in turns; medians, in brackets "
         "the smallest and the largest round. Every request has a video of its own. The gain is taken round by round.",
         "",
         "| clients | requests a second, unpruned | pruned | gain | first token (s), unpruned | pruned | sooner by |",
