@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -275,6 +276,7 @@ def cpu_name() -> str:
 
 def main():
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends, too
     import vllm
 
     start, load = time.monotonic(), os.getloadavg()[0]
