@@ -88,13 +88,9 @@ class Served:
 
     def prune_by(self, method: str) -> None:
         """Another method, one that moves no positions: starting an engine for each takes longer than what they answer."""
-        from rediprune_vllm.processing import Info
-
         self.forget()
         self.model.vision.config.pruning = {"method": method}
-        for info in gc.get_objects():
-            if isinstance(info, Info):
-                info.processor.set_pruning({"method": method})
+        self.llm.renderer.get_mm_processor().info.processor.set_pruning({"method": method})
 
     def stop(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
