@@ -107,7 +107,19 @@ def test_visitors_get_what_they_would_get_alone(engine, video):
 def test_methods_that_only_serve_themselves_are_left_out(engine, loaded):
     assert {"rediprune", "rediprune_plus", "divprune", "random"} <= set(engine.methods)
     assert not {"none", "evoprune", "evoprune_rediprune"} & set(engine.methods)
-    assert loaded[0].config.pruning.method == engine.default_method == "rediprune"
+    assert loaded[0].config.pruning.method == engine.default_method
+
+
+@pytest.mark.slow
+def test_every_method_answers_and_is_drawn_as_it_answered(engine, video, monkeypatch):
+    monkeypatch.setattr(engine_file, "RATIO_STOPS", 3)
+    for method in engine.methods:
+        answered = engine.answer(video, QUESTION, method, 0.15)
+        page = engine.kept_page(video, QUESTION, method, 0.15)
+        drawn = json.loads(re.search('id="data">(.*?)</script>', page)[1])
+        assert drawn["methods"] == [method] and drawn["ratios"][drawn["marks"][0]] == 0.15
+        assert drawn["runs"][0][0]["counts"][drawn["marks"][0]] == answered["visual_tokens"], method
+        assert len(drawn["panels"]) == 8
 
 
 @pytest.mark.parametrize(
@@ -262,10 +274,10 @@ def test_a_visitor_asks_twice_about_a_sample(open_page, engine, video):
     visitor.pick(QUESTION)
     about = visitor.text("#about")
     visitor.ask(QUESTION)
-    pruned, full = (engine.answer(video, QUESTION, "rediprune", ratio) for ratio in (0.15, 1.0))
+    pruned, full = (engine.answer(video, QUESTION, engine.default_method, ratio) for ratio in (0.15, 1.0))
     assert visitor.text(".pruned .answer") == pruned["answer"] and visitor.text(".full .answer") == full["answer"]
     assert f"{pruned['visual_tokens']} of {full['visual_tokens']} visual tokens" in visitor.text("#answers")
-    assert "rediprune at a ratio of 0.15" in visitor.text("#answers") and visitor.text("#history") == ""
+    assert f"{engine.default_method} at a ratio of 0.15" in visitor.text("#answers") and visitor.text("#history") == ""
     visitor.ask(OTHER)
     assert visitor.text("#about") == about  # the same encoding, in the same time
     assert QUESTION in visitor.text("#history") and OTHER not in visitor.text("#history")
