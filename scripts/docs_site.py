@@ -56,19 +56,21 @@ def gather(stage: Path) -> None:
 
 
 def write_page(document: Path, page: Path, pages: Path) -> None:
-    """A document as a page: its links lead to pages, and its lists are indented as Python's Markdown wants them."""
+    """A document as a page: its links lead to pages of the site alone, and its lists are indented as Python's Markdown wants them."""
 
     def link(match):
-        target, hash_, anchor = match[1].partition("#")
+        target, hash_, anchor = match[2].partition("#")
         if not target or urlsplit(target).scheme:
             return match[0]
         place = (document.parent / target).resolve().relative_to(ROOT).as_posix()
+        if place not in OUTSIDE and not place.startswith("docs/"):
+            return match[1] if (ROOT / place).exists() else match[0]  # a file of the repository: its name alone
         to = pages / (OUTSIDE.get(place) or place.removeprefix("docs/"))
         way = Path(*[".."] * len(page.parent.relative_to(pages).parts), to.relative_to(pages)).as_posix()
-        return f"]({way}{hash_}{anchor})"
+        return f"[{match[1]}]({way}{hash_}{anchor})"
 
     text = re.sub(r"\A---\n.*?\n---\n", "", document.read_text(), flags=re.DOTALL)  # a model card's own data
-    page.write_text(deeper_lists(re.sub(r"\]\(([^)\s]+)\)", link, text)))
+    page.write_text(deeper_lists(re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, text)))
 
 
 def deeper_lists(text: str) -> str:

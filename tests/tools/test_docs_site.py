@@ -52,6 +52,8 @@ def test_links_and_pictures_must_lead_somewhere(tmp_path, tag, link, broken):
         ("README.md", "index.md", "![a](docs/overlay.png)", "![a](overlay.png)"),
         ("README.md", "index.md", "---\ntags: [x]\n---\n# T [a](CONTRIBUTING.md)", "# T [a](contributing.md)"),
         ("docs/architecture.md", "architecture.md", "[a](../CONTRIBUTING.md)", "[a](contributing.md)"),
+        ("CONTRIBUTING.md", "contributing.md", "([a](README.md), [b](missing.py))", "([a](index.md), [b](missing.py))"),
+        ("CONTRIBUTING.md", "contributing.md", "see [this](setup.py)", "see this"),
         ("docs/results/README.md", "results/README.md", "[a](../methods.md)", "[a](../methods.md)"),
         ("docs/results/README.md", "results/README.md", "[a](#b), [c](https://d.e/f)", "[a](#b), [c](https://d.e/f)"),
     ],
@@ -60,6 +62,7 @@ def test_links_of_documents_lead_to_pages(tmp_path, monkeypatch, document, page,
     monkeypatch.setattr(docs_site, "ROOT", tmp_path)
     (tmp_path / document).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / document).write_text(text)
+    (tmp_path / "setup.py").touch()
     pages = tmp_path / "pages"
     (pages / page).parent.mkdir(parents=True)
     docs_site.write_page(tmp_path / document, pages / page, pages)

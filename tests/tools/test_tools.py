@@ -180,6 +180,7 @@ WRITERS = {
 }
 NO_WRITERS = {
     "bootstrap",
+    "docs_site",
     "tflops",
     "fuzz",
     "mutate",
