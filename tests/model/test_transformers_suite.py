@@ -30,7 +30,7 @@ pytest.importorskip("parameterized")
 
 from families import FAMILIES  # noqa: E402
 from rediprune.core_layout import FrameSize  # noqa: E402
-from transformers import CLIPVisionConfig, LlamaConfig  # noqa: E402
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig  # noqa: E402
 
 # What the archive's files import, but the archive does not hold.
 ABSENT = {
@@ -87,7 +87,7 @@ class Tester:
         self.batch_size, self.num_hidden_layers, self.hidden_size, self.num_attention_heads = BATCH, 2, 32, 4
         self.is_training, self.text_tokens, self.pad_token_id = True, 7, 0
         pruning = family.config_class(**config).pruning if config else family.config_class(pruning=UNPRUNED).pruning
-        frame, layouts = FrameSize(IMAGE_SIZE, SIDE, [[IMAGE_SIZE, IMAGE_SIZE]], 2), family.model_class.layout_class
+        frame, layouts = FrameSize(IMAGE_SIZE, SIDE, [[IMAGE_SIZE, IMAGE_SIZE]], 2, 9), family.model_class.layout_class
         self.num_tokens = {"image": layouts.image(frame, [IMAGE_SIZE, IMAGE_SIZE]).num_placeholders(pruning)}
         if "video" in family.kinds:
             self.num_tokens["video"] = layouts.video(frame, FRAMES, pruning).num_placeholders(pruning)
@@ -95,7 +95,8 @@ class Tester:
         self.encoder_seq_length = self.key_length = self.seq_length
 
     def get_config(self):
-        text = LlamaConfig(
+        onevision = self.family.name == "llava_onevision"
+        text = (Qwen2Config if onevision else LlamaConfig)(
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=37,
@@ -107,11 +108,11 @@ class Tester:
             bos_token_id=3,
             eos_token_id=4,
         )
-        vision = CLIPVisionConfig(
+        vision = (SiglipVisionConfig if onevision else CLIPVisionConfig)(
             image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE,
             hidden_size=32,
-            projection_dim=32,
+            **({"vision_use_head": False} if onevision else {"projection_dim": 32}),
             intermediate_size=37,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -119,7 +120,7 @@ class Tester:
         options = {}
         for kind, number in self.num_tokens.items():
             options |= {f"{kind}_token_index": TOKENS[kind], f"{kind}_seq_length": number}
-        if "next" in self.family.name:
+        if self.family.tiles_images:
             options["image_grid_pinpoints"] = [[IMAGE_SIZE, IMAGE_SIZE]]
         return self.config_class(text_config=text, vision_config=vision, **options, **self.config)
 
@@ -129,7 +130,7 @@ class Tester:
         for kind, number in self.num_tokens.items():
             input_ids[:, start : start + number] = TOKENS[kind]
             start += number
-        views = [2] if "next" in self.family.name else []
+        views = [2] if self.family.tiles_images else []
         pixels = "pixel_values_images" if self.family.name == "video_llava" else "pixel_values"
         inputs = {pixels: torch.rand(BATCH, *views, 3, IMAGE_SIZE, IMAGE_SIZE)}
         if "video" in self.num_tokens:
@@ -175,7 +176,7 @@ PRUNED = without(
 
 def failing_in_stock(family):
     """Tests that the stock class of a family fails, too."""
-    kinds = ["image"] * ("next" in family.name) + ["video"] * ("video" in family.kinds)
+    kinds = ["image"] * family.tiles_images + ["video"] * ("video" in family.kinds)
     hidden = ["test_can_capture_specific_layers_hidden_states"] * (family.name == "llava")
     return without("asks for some states of the vision tower, without the tapped ones", *hidden) | without(
         "expects one feature tensor for each image and video; here an image has two views, or a video two frames, and the "
