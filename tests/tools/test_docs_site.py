@@ -186,4 +186,4 @@ def test_the_site_is_searched(browser, served):
     browser.evaluate("document.querySelector('.md-search__button').click()")
     wait("document.activeElement.shadowRoot?.activeElement?.tagName === 'INPUT'")
     browser.call("Input.insertText", text="encode_media")
-    wait("document.activeElement.shadowRoot?.textContent.includes('Runs the vision encoder')")
+    wait("document.activeElement.shadowRoot?.textContent.includes('encode_media')")

@@ -168,6 +168,7 @@ WRITERS = {
     "evaluate_plots": [str(ROOT / "docs" / "results" / "ablation-image.json"), "--output", "OUTPUT"],
     "relevance_study": ["--output", "OUTPUT"],
     "benchmark": ["--output", "OUTPUT"],
+    "evaluate_frames": ["--output", "OUTPUT"],
     "encoder_cost": ["--output", "OUTPUT"],
     "selection_cost": ["--output", "OUTPUT"],
     "check_ecosystem": ["--output", "OUTPUT"],
