@@ -13,18 +13,28 @@ QUESTION = "what colour is the star?"
 ASKED = [([name], QUESTION) for name in MEDIA] + [(MEDIA[1:3], "where is the red circle?")]
 
 
+MOVING = [name for name, each in METHODS.items() if each.positions != "compact" or each.proportional_attention]
+
+
 @pytest.fixture(scope="module")
 def both(serve):
     return serve(method="rediprune")
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "rediprune_plus"])  # which others test
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in MOVING])
 def test_every_method(method, both):
     engine, reference = both
     engine.prune_by(method), reference.prune_by(method)
     asked = ASKED[:-1] if method == "random" else ASKED  # which draws anew for each medium of a prompt
     assert engine.answers(asked) == reference.answers(asked)
     assert set(engine.pruned) == reference.pruned(asked)
+
+
+@pytest.mark.parametrize("method", MOVING)
+def test_every_method_that_moves_positions(method, serve):
+    engine, reference = serve(method=method)
+    assert engine.answers(ASKED) == reference.answers(ASKED)
+    assert set(engine.pruned) == reference.pruned(ASKED)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_next_video", "video_llava"])
