@@ -130,7 +130,16 @@ def test_ask_refuses_what_cannot_be_answered(monkeypatch, arguments, message):
 
 
 def test_ask_takes_a_budget_in_tokens(monkeypatch, capsys):
-    video = ["--video", SAMPLES / "video-1.mp4", "--question", "what is there?", "--keep-tokens", 3]
+    video = [
+        "--video",
+        SAMPLES / "video-1.mp4",
+        "--question",
+        "what is there?",
+        "--method",
+        "rediprune",
+        "--keep-tokens",
+        3,
+    ]
     report = ask(monkeypatch, capsys, *video)
     assert report["pruned"]["visual_tokens"] == 8 * 3 and report["pruning"]["keep_tokens"] == 3
     with pytest.raises(SystemExit, match="keep_ratio=0.2 and keep_tokens=3 were both given"):
@@ -166,6 +175,7 @@ WRITERS = {
     "visualize": ["--output", "OUTPUT", *VIDEO, "--questions", "what?"],
     "evaluate": ["--output", "OUTPUT"],
     "evaluate_plots": [str(ROOT / "docs" / "results" / "ablation-image.json"), "--output", "OUTPUT"],
+    "evaluate_frames": ["--output", "OUTPUT"],
     "relevance_study": ["--output", "OUTPUT"],
     "benchmark": ["--output", "OUTPUT"],
     "evaluate_frames": ["--output", "OUTPUT"],
