@@ -327,12 +327,10 @@ class PrunedProcessorMixin(QuestionInputsMixin):
         # here are the steps of 5.x.
         merged = self._merge_kwargs(self.processing_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         image_inputs = {} if images is None else self.image_processor(images, **merged["images_kwargs"])
-        video_inputs = {} if videos is None else self.video_processor(videos, **merged["videos_kwargs"])
-        metadata = video_inputs.pop("video_metadata", None)
-        given = merged["videos_kwargs"].get("video_metadata")
+        given, text_inputs, video_inputs = merged["videos_kwargs"].get("video_metadata"), {}, {}
         if videos is not None:
-            video_inputs.update(self.about_videos(given))
-        text_inputs = {}
+            video_inputs = {**self.video_processor(videos, **merged["videos_kwargs"]), **self.about_videos(given)}
+        metadata = video_inputs.pop("video_metadata", None)
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
         merged["text_kwargs"].pop("return_mm_token_type_ids", None)  # which tell what the ids of the tokens tell
         if text is not None:

@@ -41,8 +41,9 @@ class QwenMediaMixin:
     def frame_size(self) -> PatchSize:
         return PatchSize(self.config.vision_config.spatial_merge_size)
 
-    def encoder_modules(self) -> list:
-        return [self.model.visual]
+    def tower_of(self, kind: str) -> tuple:
+        """The tower of all media; it has no CLS."""
+        return self.model.visual, False
 
     def layouts_of(self, pixels, sizes, pruning, encoded=None):
         if encoded is not None:
