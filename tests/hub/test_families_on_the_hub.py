@@ -137,7 +137,9 @@ def test_an_old_base(family, base, folder, variant, capsys):
     assert type(old).__name__ == family.processor_class.__name__
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where ?"}]}]
     assert family.written("USER: <image>") in old.apply_chat_template(chat)
-    for index in range(len(family.prompts())):
+    for index, (_, media) in enumerate(family.prompts()):
+        if family.has_mrope and "videos" in media:  # which are then as large as images may be
+            continue
         found, expected = (family.inputs(processor, index) for processor in (old, new))
         assert found.keys() == expected.keys()
         assert all(found[name].shape == expected[name].shape for name in found)
