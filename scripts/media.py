@@ -51,10 +51,10 @@ def chat_prompt(processor, media: dict, question: str) -> str:
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def process(args, processor, media: dict, question: str, keep_ratio=None):
-    """The model's inputs for a question about the media."""
+def process(args, processor, media: dict, question: str, keep_ratio=None, **more):
+    """The model's inputs for a question about the media, which the processor gets `more` arguments for."""
     options = {} if args.num_frames is None or "images" in media else {"num_frames": args.num_frames}
     prompt = chat_prompt(processor, media, question)
     if "images" in media:
         media = {"images": [media["images"]]}  # those of one prompt, as a chat passes them: LLaVA-OneVision counts them
-    return processor(text=prompt, keep_ratio=keep_ratio, return_tensors="pt", **media, **options)
+    return processor(text=prompt, keep_ratio=keep_ratio, return_tensors="pt", **media, **options, **more)

@@ -20,7 +20,10 @@ def pictures_of(model, processor, inputs, layouts) -> list:
     Returns:
         for each layout a list of (label, uint8 (height, width, 3)); tiles of an image that has no token of them are empty.
     """
-    pixels = {kind: iter(() if values is None else values) for kind, values in pixels_of(inputs).items()}
+    pixels = {
+        kind: iter(() if values is None else pixels_of_items(values, inputs, processor, kind))
+        for kind, values in pixels_of(inputs).items()
+    }
     several, found = sum(layout.kind == "image" for layout in layouts) > 1, []
     for number, layout in enumerate(layouts, 1):
         views = to_pictures(next(pixels[layout.kind]), getattr(processor, f"{layout.kind}_processor"))
@@ -39,6 +42,26 @@ def pictures_of(model, processor, inputs, layouts) -> list:
 def pixels_of(inputs) -> dict:
     """For each kind of media its pixels; `None` where there are none."""
     return {kind: next((inputs[name] for name in names if name in inputs), None) for kind, names in PIXELS.items()}
+
+
+def pixels_of_items(values, inputs, processor, kind: str):
+    """
+    The pixels of each image or video: as they are, or of flat patches the first frame of each step, put together
+    (frames, 3, height, width).
+    """
+    grids, part = inputs.get(f"{kind}_grid_thw"), getattr(processor, f"{kind}_processor")
+    if grids is None:
+        return values
+    items, merge, patch = values.split(grids.prod(1).tolist()), part.merge_size, part.patch_size
+    return [of_patches(item.cpu(), *grid, merge, patch) for item, grid in zip(items, grids.tolist())]
+
+
+def of_patches(values, frames: int, height: int, width: int, merge: int, patch: int) -> torch.Tensor:
+    """Patches (frames * height * width, 3 * steps * patch * patch), square after square, as (frames, 3, height, width) pixels."""
+    squares = values.view(frames, height // merge, width // merge, merge, merge, 3, -1, patch, patch)[
+        :, :, :, :, :, :, 0
+    ]
+    return squares.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(frames, 3, height * patch, width * patch)
 
 
 def patches_of(layout) -> list:

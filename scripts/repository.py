@@ -284,13 +284,14 @@ class FeatureMemory:
 
     The features are those of the first time, bit for bit, and depend on the batch alone and not on what came before, so that
     processes that share the batches, and threads that share the memory, get the same. A method that prunes inside the tower goes
-    past it.
+    past it, and so do towers that take pictures of any size.
     """
 
     def __init__(self, model):
-        self.encode, self.known = model.patch_features, {}
+        self.encode, self.known = getattr(model, "patch_features", None), {}
         self._lock, self._thread = threading.Lock(), threading.local()
-        model.patch_features = self
+        if self.encode is not None:
+            model.patch_features = self
 
     def __call__(self, pixels, signals=frozenset(), **kwargs):
         if getattr(self._thread, "goes_past", False):
@@ -373,7 +374,8 @@ class StageTimer:
                 (tower, "forward", lambda: "vision encoder") for tower in towers
             ),  # the stock forward calls them directly
             (self.model, "prune_items", lambda: "selection"),
-            (parts.multi_modal_projector, "forward", lambda: "projector"),
+            # Some towers project by themselves.
+            *((part, "forward", lambda: "projector") for name, part in parts.named_children() if "projector" in name),
             (parts.language_model, "forward", self._language_stage),
         )
         self._wrapping = ExitStack()

@@ -114,8 +114,9 @@ class PreparedMedia:
 
     def __init__(self, args, model, processor, media: dict):
         self.model, self.processor, self.media = model, processor, media
-        inputs = process(args, processor, media, "?", keep_ratio=1.0)
-        names = (*sum(PIXELS.values(), ()), "image_sizes", "batch_num_images")
+        inputs = process(args, processor, media, "?", keep_ratio=1.0, return_metadata=True)
+        names = (*sum(PIXELS.values(), ()), "image_sizes", "batch_num_images", "image_grid_thw", "video_grid_thw")
+        self.metadata = inputs.get("video_metadata")
         self.pixels = {name: inputs[name] for name in names if name in inputs}
         self.on_device = {
             name: values.to(model.device, model.dtype if values.is_floating_point() else None)
@@ -135,15 +136,19 @@ class PreparedMedia:
         prompt = chat_prompt(self.processor, self.media, question)
         read = {name: values.to(self.model.device) for name, values in caller.question_inputs([prompt]).items()}
         prompt = re.sub(
-            re.escape(token), lambda match: expand(self.pixels, next(numbers)), prompt, count=number_of_media
+            caller.written(kind) if code_module("hub_versions").TRANSFORMERS_4 else re.escape(token),
+            lambda match: expand({**self.pixels, "video_metadata": self.metadata}, next(numbers)),
+            prompt,
+            count=number_of_media,
         )
         tokens = self.processor.tokenizer([prompt], return_tensors="pt").to(self.model.device)
         return {**tokens, **read, **self.on_device, "keep_ratio": pruning.keep_ratio}
 
     def panels(self) -> list:
         """The pictures as the model sees them."""
-        sizes, numbers = self.pixels.get("image_sizes"), self.pixels.get("batch_num_images")
-        sizes = code_module("core_layout").sizes_of_tiled(sizes, numbers)
+        get = self.pixels.get
+        sizes = code_module("core_layout").sizes_of_tiled(get("image_sizes"), get("batch_num_images"))
+        sizes = code_module("core_items").MediaSizes(sizes, get("image_grid_thw"), get("video_grid_thw"))
         layouts = self.model.layouts_of(pixels_of(self.pixels), sizes, self.processor.pruning)
         of_items = pictures_of(self.model, self.processor, self.pixels, layouts)
         return [Panel(label, picture) for pictures in of_items for label, picture in pictures]

@@ -13,7 +13,7 @@ from pictures import patches_of, pictures_of
 from PIL import Image
 from places import ROOT
 from repository import FeatureMemory
-from tiny import IMAGE_SIZE, PATCH_SIZE
+from tiny import IMAGE_SIZE, PATCH_SIZE, random_video
 from visualize_trace import PreparedMedia, ratio_grid, trace
 
 MEDIA = {"image": "image-1.png", "video": "video-1.mp4"}
@@ -42,6 +42,7 @@ def test_an_overlay_shows_every_kept_patch(family, kind, tmp_path):
         assert len(patches) == grid.height * grid.width
         crop = item.layout.crop if grid is item.layout.grids[-1] else None
         size = (IMAGE_SIZE, IMAGE_SIZE) if crop is None else (PATCH_SIZE * crop.height, PATCH_SIZE * crop.width)
+        size = (2 * PATCH_SIZE * grid.height, 2 * PATCH_SIZE * grid.width) if family.has_mrope else size
         assert picture.dtype == np.uint8 and picture.shape[:2] == size
     draw_overlay(model, processor, inputs, "caption", tmp_path / "kept.png")
     assert Image.open(tmp_path / "kept.png").size[0] > 200
@@ -51,7 +52,8 @@ def test_an_overlay_shows_every_kept_patch(family, kind, tmp_path):
 @pytest.mark.parametrize("family, kind", CASES)
 @pytest.mark.parametrize("method", ["rediprune", "divprune"])
 def test_a_trace_has_the_masks_of_what_is_kept(family, kind, method):
-    model, processor, media = prepared(family, kind, method=method)
+    scope = {"scope": "frame"} if family.refusal(method=method) else {}
+    model, processor, media = prepared(family, kind, method=method, **scope)
     ratios = ratio_grid(model, media, processor.pruning, [0.25], 4)
     item = trace(model, media, "where is it", method, processor.pruning, ratios)
     assert [picture.picture.shape[0] // grid[0] for picture, grid in zip(media.panels(), item.grids, strict=True)]
@@ -61,3 +63,19 @@ def test_a_trace_has_the_masks_of_what_is_kept(family, kind, method):
     patches = torch.cat(patches_of(kept.layout))
     assert item.masks[item.step(0.25)].tolist() == torch.isin(patches, kept.kept).tolist()
     assert item.counts[item.step(0.25)] == len(kept.kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.has_mrope], ids=lambda family: family.name)
+def test_patches_are_put_together_to_the_picture_that_they_were_cut_from(family):
+    processor, model = family.processor(), family.model()
+    frames = random_video(1, frames=4, size=(40, 48))
+    inputs = processor(
+        text=family.written("<image> <video>"), images=[Image.fromarray(frames[0])], videos=[frames], keep_ratio=1
+    )
+    layouts = [item.layout for item in model.select_tokens(**inputs)]
+    (image,), video = pictures_of(model, processor, inputs, layouts)
+    assert np.abs(image[1].astype(int) - frames[0]).max() <= 1
+    assert [label for label, _ in video] == ["frame 1", "frame 2"]
+    for (_, picture), frame in zip(video, frames[::2]):  # the first one of each pair
+        assert np.abs(picture.astype(int) - frame).max() <= 1
