@@ -20,6 +20,10 @@ COUNTS = {
     # Tiles of 40x54 unpadded tokens; frames pooled from 27x27 to 14x14, and a newline.
     "llava_onevision": {"image": [729 + 40 * 54 + 40, 109 + 324, 73 + 216], "video": [8 * 196 + 1, 8 * 29, 8 * 20]},
     "video_llava": {"image": [256, 38, 26], "video": [8 * 257, 8 * 39, 8 * 26]},  # 257: with CLS
+    # 17x23 squares of 28 pixels; pairs of frames of 12x12.
+    "qwen2_5_vl": {"image": [391, 59, 39], "video": [4 * 144, 4 * 22, 4 * 14]},
+    # 15x20 squares of 32 pixels; pairs of frames of 10x10.
+    "qwen3_vl": {"image": [300, 45, 30], "video": [4 * 100, 4 * 15, 4 * 10]},
 }
 # Tokens that the language model gets in the runs of `true_size.py`; the third of a family is without pooling.
 RUNS = {
@@ -28,11 +32,17 @@ RUNS = {
     "llava_next_video": [345, 8 * 22, 8 * 86],
     "llava_onevision": [73 + 216, 8 * 29, 8 * 73],
     "video_llava": [26, 8 * 26],
+    "qwen2_5_vl": [39, 4 * 22],
+    "qwen3_vl": [30, 4 * 15],
 }
 # What the projector sees, where that is not what is kept: LLaVA-OneVision pools frames behind it.
-PROJECTED = {"llava_onevision": [73 + 216, 8 * 729, 8 * 73]}
-TOKENS = {"llava_next_video": [32001, 32000], "llava_onevision": [151646, 151647]}
-VOCABULARY = {"llava_onevision": 152064}
+PROJECTED = {"llava_onevision": [73 + 216, 8 * 729, 8 * 73], "qwen2_5_vl": [0, 0], "qwen3_vl": [0, 0]}
+TOKENS = {
+    "llava_next_video": [32001, 32000],
+    "llava_onevision": [151646, 151647],
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), [151655, 151656]),
+}
+VOCABULARY = {"llava_onevision": 152064, "qwen2_5_vl": 152064, "qwen3_vl": 151936}
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)

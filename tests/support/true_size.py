@@ -9,14 +9,14 @@ import code_package  # noqa: F401
 import numpy as np
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, MARKS
 from PIL import Image
 from places import ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from shapes import SHAPES, random_model, shape_config  # noqa: E402
+from shapes import LANGUAGE, SHAPES, random_model, shape_config  # noqa: E402
 
 FRAMES = 8
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -32,6 +32,34 @@ RUNS = {
     ],
     "llava_onevision": [("image", 0.1, {}), ("video", 0.15, {}), ("video", 0.1, {"video_pooling": False})],
     "video_llava": [("image", 0.1, {}), ("video", 0.1, {})],
+    "qwen2_5_vl": [("image", 0.1, {}), ("video", 0.15, {})],
+    "qwen3_vl": [("image", 0.1, {}), ("video", 0.15, {})],
+}
+# Of Qwen2.5-VL-7B and Qwen3-VL-8B; of their towers four layers run.
+QWEN = {
+    "qwen2_5_vl": {
+        "text_config": {**LANGUAGE["qwen2"][1], "num_hidden_layers": 2},
+        "vision_config": {
+            "depth": 4,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "out_hidden_size": 3584,
+            "fullatt_block_indexes": [3],
+        },
+    },
+    "qwen3_vl": {
+        "text_config": {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+        },
+        "vision_config": {"depth": 4, "out_hidden_size": 4096, "deepstack_visual_indexes": [1, 2, 3]},
+    },
 }
 TOKENS = {
     "image": 32000,
@@ -41,6 +69,10 @@ TOKENS = {
 
 def build_config(family):
     """The published sizes, the language model cut to two layers."""
+    if family.has_mrope:
+        parts = QWEN[family.name]
+        rope = {"rope_type": "default", "mrope_section": [24, 20, 20] if family.has_timestamps else [16, 24, 24]}
+        return family.config_class(**{**parts, "text_config": {**parts["text_config"], "rope_scaling": rope}})
     for shape in SHAPES.values():
         if shape.family == family.name:
             # SigLIP alone would take minutes.
@@ -57,9 +89,20 @@ def build_config(family):
 def build_processor(family, config):
     """The published preprocessing around a tokenizer with the published ids of the placeholders."""
     words = {"<unk>": 0, "where": 1, "is": 2, "it": 3}
-    words |= {f"<{kind}>": getattr(config, f"{kind}_token_id") for kind in family.kinds}
+    marks = {f"<{kind}>": getattr(config, f"{kind}_token_id") for kind in family.kinds}
+    if family.has_mrope:
+        ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+        marks = dict(zip(MARKS, ids))
+    words |= marks
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=list(marks)
+    )
+    if family.has_mrope:
+        options = {"patch_size": config.vision_config.patch_size}
+        parts = {"image_processor": family.image_processor_class(**options), "tokenizer": tokenizer}
+        return family.processor_class(**parts, video_processor=family.video_processor_class(**options))
     side = config.vision_config.image_size
     options = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     pinpoints = {"image_grid_pinpoints": PINPOINTS} if "next" in family.name else {}
@@ -70,20 +113,20 @@ def build_processor(family, config):
     if "video" in family.kinds:
         crop = {"do_center_crop": True} if "crop_size" in options else {}
         parts["video_processor"] = family.video_processor_class(**options, **crop)
-    return family.processor_class(
-        **parts,
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            unk_token="<unk>",
-            additional_special_tokens=[f"<{kind}>" for kind in family.kinds],
-        ),
-        **sizes,
-    )
+    return family.processor_class(**parts, tokenizer=tokenizer, **sizes)
+
+
+def build_model(family, config):
+    """Random weights; towers with positions of their own are made as they are, and not on the meta device first."""
+    if not family.has_mrope:
+        return random_model(config)
+    torch.set_default_dtype(torch.bfloat16)
+    return family.model_class(config).eval()
 
 
 def measure(model, inputs) -> dict:
     projected = []
-    projector = model.model.multi_modal_projector
+    projector = getattr(model.model, "multi_modal_projector", torch.nn.Identity())  # Qwen's is a part of its tower
     handle = projector.register_forward_pre_hook(lambda module, args: projected.append(args[0].flatten(0, -2).shape[0]))
     outputs = model(**inputs.to(torch.bfloat16), logits_to_keep=1, use_cache=False)
     handle.remove()
@@ -100,8 +143,8 @@ def measure(model, inputs) -> dict:
 def main(name: str, report: str) -> None:
     (family,) = [family for family in FAMILIES if family.name == name]
     config = build_config(family)
-    model, processor = random_model(config), build_processor(family, config)
-    generator, side = np.random.default_rng(0), config.vision_config.image_size
+    model, processor = build_model(family, config), build_processor(family, config)
+    generator, side = np.random.default_rng(0), getattr(config.vision_config, "image_size", 336)
     media = {
         "image": Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)),
         "video": generator.integers(0, 256, (FRAMES, side, side, 3), dtype=np.uint8),
@@ -115,7 +158,9 @@ def main(name: str, report: str) -> None:
     }
 
     def prepare(kind, keep_ratio):
-        inputs = processor(text=f"<{kind}> where is it", **{f"{kind}s": media[kind]}, keep_ratio=keep_ratio)
+        inputs = processor(
+            text=family.written(f"<{kind}> where is it"), **{f"{kind}s": media[kind]}, keep_ratio=keep_ratio
+        )
         return inputs, int((inputs["input_ids"] == tokens[kind]).sum())
 
     for kind in family.kinds:
