@@ -22,8 +22,8 @@ COUNTS = {
     "video_llava": {"image": [256, 38, 26], "video": [8 * 257, 8 * 39, 8 * 26]},  # 257: with CLS
     # 17x23 squares of 28 pixels; pairs of frames of 12x12.
     "qwen2_5_vl": {"image": [391, 59, 39], "video": [4 * 144, 4 * 22, 4 * 14]},
-    # 15x20 squares of 32 pixels; pairs of frames of 10x10.
-    "qwen3_vl": {"image": [300, 45, 30], "video": [4 * 100, 4 * 15, 4 * 10]},
+    # 15x20 squares of 32 pixels; four of the frames, the fewest that its own rule takes, in pairs of 10x10.
+    "qwen3_vl": {"image": [300, 45, 30], "video": [2 * 100, 2 * 15, 2 * 10]},
 }
 # Tokens that the language model gets in the runs of `true_size.py`; the third of a family is without pooling.
 RUNS = {
@@ -33,7 +33,7 @@ RUNS = {
     "llava_onevision": [73 + 216, 8 * 29, 8 * 73],
     "video_llava": [26, 8 * 26],
     "qwen2_5_vl": [39, 4 * 22],
-    "qwen3_vl": [30, 4 * 15],
+    "qwen3_vl": [30, 2 * 15],
 }
 # What the projector sees, where that is not what is kept: LLaVA-OneVision pools frames behind it.
 PROJECTED = {"llava_onevision": [73 + 216, 8 * 729, 8 * 73], "qwen2_5_vl": [0, 0], "qwen3_vl": [0, 0]}
