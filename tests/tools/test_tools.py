@@ -178,7 +178,6 @@ WRITERS = {
     "evaluate_frames": ["--output", "OUTPUT"],
     "relevance_study": ["--output", "OUTPUT"],
     "benchmark": ["--output", "OUTPUT"],
-    "evaluate_frames": ["--output", "OUTPUT"],
     "encoder_cost": ["--output", "OUTPUT"],
     "selection_cost": ["--output", "OUTPUT"],
     "check_ecosystem": ["--output", "OUTPUT"],
