@@ -120,8 +120,10 @@ class PrunedProcessorMixin(QuestionInputsMixin):
         """
         As in the stock class, and what somebody typed never becomes a placeholder: where a text of the conversation, of
         `tools` or of `documents` holds `<video>` or `<image>`, a zero width space (U+200B) follows its `<`, in the
-        prompt and so in what the model reads. Media come from the parts of type `"video"` and `"image"` alone.
+        prompt and so in what the model reads. Media come from the parts of type `"video"` and `"image"` alone. The sound
+        of a video is not heard: `load_audio_from_video`, with which `transformers serve` asks for it, does nothing.
         """
+        kwargs.pop("load_audio_from_video", None)
         tokens = tuple(self.placeholders.values())
         conversation = plain_messages(conversation, tokens)
         if TRANSFORMERS_4 and kwargs.get("tokenize"):
@@ -148,17 +150,18 @@ class PrunedProcessorMixin(QuestionInputsMixin):
         Args:
             text: prompts in which every `<video>` and `<image>` is a placeholder, whoever wrote it;
                 `apply_chat_template` is what tells them from typed text.
-            images: PIL images, arrays, paths, http or https URLs or base64, each alone, in a list, or in one list for
-                each prompt. Arrays are RGB of 0..255.
-            videos: arrays, lists of frames, or videos as paths, http or https URLs, `bytes` or binary files, sampled as
-                the video processor's config says (or `num_frames=`, `fps=`, `do_sample_frames=`); a clip with fewer
-                frames gives all of them.
+            images: PIL images, arrays, paths, http, https or data URLs or base64, each alone, in a list, or in one list
+                for each prompt. Arrays are RGB of 0..255.
+            videos: arrays, lists of frames, or videos as paths, http, https or data URLs, `bytes` or binary files,
+                sampled as the video processor's config says (or `num_frames=`, `fps=`, `do_sample_frames=`); a clip with
+                fewer frames gives all of them.
             keep_ratio (`float`, *optional*) or keep_tokens (`int`, *optional*): budget of this call, instead of the one of
                 `config.json`. It is returned among the inputs, so that `model.generate(**inputs)` follows it.
             encoded_media ([`EncodedMedia`], *optional*): what `model.encode_media` returned for the media of the prompts,
                 instead of the media: for `model.generate(**inputs, encoded_media=encoded_media)`.
             download_timeout (`float`, *optional*), download_max_bytes (`int`, *optional*): instead of the attributes.
                 The limits hold for each URL with all its redirects; one to another scheme than http or https is refused.
+                What data URLs and base64 stand for is limited, too.
 
         Returns:
             [`BatchFeature`]: the stock fields, `keep_ratio` (`float`) or `keep_tokens` (`int`) where it was given, and those of `question_inputs`.

@@ -1,5 +1,7 @@
-"""Media by URL: one download over http or https, within a limit in seconds and a limit in bytes."""
+"""Media by URL: one download over http or https, or the content of a data URL, within limits in seconds and bytes."""
 
+import base64
+import binascii
 import functools
 import http.client
 import io
@@ -18,46 +20,63 @@ MAX_BYTES = 512 * 2**20
 MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK = 2**16  # bytes
+SHOWN = 1000  # characters: a longer source is no path, and stays out of messages
 
 
 def is_url(source: str) -> bool:
     """
-    Whether `source` is an http or https URL; otherwise it is a path.
+    Whether `source` is an http, https or data URL; otherwise it is a path.
 
     Raises:
         ValueError: it is a URL of another scheme.
     """
+    if is_data_url(source):
+        return True
     scheme, separator, _ = source.partition("://")
     if not separator:
         return False
     if scheme.lower() not in ("http", "https"):
         raise ValueError(
-            f"{source!r} is neither a path nor an http or https URL, and nothing else is opened; for a local file pass "
-            "its path."
+            f"{shown(source)} is neither a path nor an http or https URL, and nothing else is opened; for a local file "
+            "pass its path."
         )
     return True
 
 
+def is_data_url(source: str) -> bool:
+    return source[:5].lower() == "data:"
+
+
+def shown(source: str) -> str:
+    """What a message calls a path, a URL or base64: never the content of a data URL, and of a long text its length."""
+    if is_data_url(source):
+        return f"a data URL of {len(source)} characters"
+    return repr(source) if len(source) <= SHOWN else f"a text of {len(source)} characters"
+
+
 def download(url: str, timeout: float = TIMEOUT, max_bytes: int = MAX_BYTES) -> bytes:
     """
-    What an http or https URL leads to.
+    What an http or https URL leads to, or what a data URL holds.
 
     At most `MAX_REDIRECTS` redirects are followed, to http and https alone and never from https back to http; the
     limits hold for all of them together. The proxies of the environment are used, as `urllib` does.
 
     Args:
-        url: an http or https URL.
+        url: an http, https or data URL.
         timeout: seconds until the last byte has to be here. Looking up a name alone has its own limit, the system's.
         max_bytes: how many bytes it may have.
 
     Raises:
         OSError: it cannot be reached, or ends before its announced length.
         TimeoutError: it took longer than `timeout`.
-        ValueError: it is larger than `max_bytes`, it redirects to another scheme, or a limit is not a positive number.
+        ValueError: it is larger than `max_bytes`, it redirects to another scheme, or a limit is not a positive number;
+            a `binascii.Error` where a data URL is not in base64.
     """
     for name, limit in (("download_timeout", timeout), ("download_max_bytes", max_bytes)):
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
             raise ValueError(f"{name} is {limit!r}, but must be a positive number.")
+    if is_data_url(url):
+        return _data_url_content(url, max_bytes)
     end = time.monotonic() + timeout
     try:
         return _read(url, end, max_bytes)
@@ -68,6 +87,21 @@ def download(url: str, timeout: float = TIMEOUT, max_bytes: int = MAX_BYTES) -> 
                 "download_timeout."
             ) from error
         raise OSError(f"{url!r} cannot be downloaded: {error}") from error
+
+
+def _data_url_content(url: str, max_bytes: int) -> bytes:
+    """As in RFC 2397, in base64 alone; the media type is not read, since the content tells it."""
+    head, separator, text = url.partition(",")
+    if not separator or not head.lower().endswith(";base64"):
+        raise binascii.Error(f"{shown(url)} is not in base64; write data:video/mp4;base64, and then the content.")
+    text = "".join(text.split())
+    size = len(text) // 4 * 3 - text[-2:].count("=")
+    if size > max_bytes:
+        raise ValueError(f"{shown(url)} has {size} bytes, but at most {max_bytes} are taken; raise download_max_bytes.")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:  # also that a character is not ASCII
+        raise binascii.Error(f"{shown(url)} is not in base64: {error}.") from error
 
 
 def _read(url: str, end: float, max_bytes: int) -> bytes:

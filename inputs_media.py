@@ -1,6 +1,5 @@
 """Images and videos as callers pass them: which belong to which prompt, and which values they may have."""
 
-import base64
 import binascii
 import io
 import math
@@ -10,7 +9,7 @@ from typing import Callable
 
 from transformers.image_utils import is_pil_image, load_image
 
-from .inputs_download import is_url
+from .inputs_download import is_url, shown
 
 try:
     from transformers.image_utils import PIL  # Pillow, which a model can be loaded without
@@ -86,41 +85,37 @@ def read_image(source: str, name: str, fetch: Callable[[str], bytes]):
     An image as in `load_image` of transformers (PIL, RGB, upright), but within the limits of `fetch`.
 
     Args:
-        source: a path, an http or https URL, or base64.
+        source: a path, an http, https or data URL, or base64.
         name: what errors call the image.
-        fetch: downloads a URL.
+        fetch: what a URL leads to, within its limits.
 
     Raises:
         OSError: it cannot be downloaded.
         ValueError: it cannot be read as an image of 8 bits a channel, or is a URL of another scheme.
     """
     try:
-        with PIL.Image.open(_image_file(source, fetch)) as image:
+        with PIL.Image.open(_image_file(source, name, fetch)) as image:
             check_mode(image, name)
             return load_image(image)
-    except (PIL.UnidentifiedImageError, binascii.Error, UnicodeEncodeError) as error:
-        raise ValueError(
-            f"{name} is {_short(source)}, but must be the path of an image, its http or https URL, or base64: "
-            f"{_short(error)}"
-        ) from error
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(_not_an_image(source, name, error)) from error
     except (PIL.Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{name}, {_short(source)}, cannot be read as an image: {error}") from error
+        raise ValueError(f"{name}, {shown(source)}, cannot be read as an image: {error}") from error
 
 
-def _image_file(source: str, fetch):
+def _image_file(source: str, name: str, fetch):
     if is_url(source):
         return io.BytesIO(fetch(source))
     if os.path.isfile(source):
         return source
-    if source.startswith("data:image/"):
-        source = source.partition(",")[2]
-    return io.BytesIO(base64.decodebytes(source.encode()))
+    try:
+        return io.BytesIO(fetch(f"data:;base64,{source}"))
+    except binascii.Error as error:
+        raise ValueError(_not_an_image(source, name, "no file has this name, and it is no base64")) from error
 
 
-def _short(value) -> str:
-    """For messages: base64 can be long."""
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def _not_an_image(source: str, name: str, reason) -> str:
+    return f"{name} is {shown(source)}, but must be the path of an image, its http or https URL, or base64: {reason}"
 
 
 def file_content(file) -> bytes:

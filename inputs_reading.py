@@ -6,7 +6,7 @@ import numpy as np
 from transformers.image_utils import is_pil_image, load_image, to_numpy_array
 from transformers.video_utils import make_batched_metadata
 
-from .inputs_download import is_url
+from .inputs_download import is_url, shown
 from .inputs_media import (
     check_mode,
     check_pixels,
@@ -136,7 +136,7 @@ def _read_video(video, name: str, metadata, choose, fetch, rescaled: bool) -> tu
     if isinstance(video, os.PathLike):
         video = os.fspath(video)
     if isinstance(video, str):
-        return read_video(fetch(video), choose, repr(video)) if is_url(video) else read_video(video, choose)
+        return read_video(fetch(video), choose, shown(video)) if is_url(video) else read_video(video, choose)
     if hasattr(video, "read"):
         video = file_content(video)
     if isinstance(video, (bytes, bytearray, memoryview)):

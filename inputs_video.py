@@ -12,6 +12,8 @@ import numpy as np
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
+from .inputs_download import shown
+
 try:
     import av
 except ImportError:
@@ -78,8 +80,8 @@ def read_video(video, choose: Callable[[int, Optional[float]], np.ndarray], name
     if av is None:
         raise ImportError("reading video files needs PyAV; install it with `pip install av`, or pass frames as arrays.")
     if not isinstance(video, bytes) and not os.path.isfile(video):
-        raise FileNotFoundError(f"no video file at {video!r}")
-    name = name or (f"a video of {len(video)} bytes" if isinstance(video, bytes) else repr(video))
+        raise FileNotFoundError(f"no video file at {shown(os.fspath(video))}")
+    name = name or (f"a video of {len(video)} bytes" if isinstance(video, bytes) else shown(os.fspath(video)))
     try:
         total, fps = _announced(video, name)
         while True:
