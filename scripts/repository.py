@@ -5,6 +5,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -131,6 +132,7 @@ def load(args, pruning: dict = None) -> tuple:
         pruning: changes to the pruning block of the repository, on top of `--pruning`.
     """
     use_device(args)
+    check_model(args.model, args.revision)
     transformers.utils.logging.disable_progress_bar()  # of "Loading weights", which would stand between the answers
     pruning = {**dict(args.pruning), **(pruning or {})}
     options = {"revision": args.revision, "trust_remote_code": True, "pruning": pruning}
@@ -139,6 +141,18 @@ def load(args, pruning: dict = None) -> tuple:
     model = auto_class.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention, **options)
     processor = transformers.AutoProcessor.from_pretrained(args.model, **options)
     return model.to(args.device).eval(), processor
+
+
+def check_model(model: str, revision: str) -> None:
+    """Ends the program where a model is neither a folder nor on the Hub, or cannot be had from there."""
+    if os.path.isdir(model):
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        fail(f"--model {model}: no such folder, and not a Hub id (NAMESPACE/NAME) either")
+    try:
+        transformers.utils.cached_file(model, "config.json", revision=revision)
+    except OSError as error:
+        fail(f"--model {model} (revision {revision}) cannot be downloaded, and is not in the local cache: {error}")
 
 
 def environment(model=None) -> dict:

@@ -1,12 +1,6 @@
 """`transformers serve`, asked by an OpenAI client that sends images and videos as data URLs."""
 
-import base64
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -27,50 +21,12 @@ NEW_TOKENS = 5
 SECRET = "c2VjcmV0IHBpY3R1cmUgb2YgYSBzdHJhbmdlcg"
 
 
-class Server:
-    """`transformers serve` in a process of its own, and what it logs."""
-
-    def __init__(self, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--trust-remote-code"]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.log = log
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=variables)
-        self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=1
-        )  # once, since uvicorn closes the connection of a request that failed
-        while True:
-            assert self.process.poll() is None, log.read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
-
-    def ask(self, folder, content, stream=False, **options) -> tuple:
-        """The answer, and how many tokens the prompt had (not told where it is streamed)."""
-        reply = self.client.chat.completions.create(
-            model=str(folder),
-            messages=[{"role": "user", "content": content}],
-            max_tokens=NEW_TOKENS,
-            temperature=0,
-            stream=stream,
-            extra_body={"chat_template_kwargs": options},
-        )
-        if not stream:
-            return reply.choices[0].message.content.strip(), reply.usage.prompt_tokens
-        return "".join(part.choices[0].delta.content or "" for part in reply if part.choices).strip(), None
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server") / "log")
-    yield server
-    server.process.terminate()
-    server.process.wait()
+    from serving import Server
+
+    with Server(tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +35,9 @@ def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
     random_image().save(folder / "image.png")
     write_video(folder / "video.mp4", random_video(frames=40))
-    urls = {}
-    for kind, file, media_type in (("image", "image.png", "image/png"), ("video", "video.mp4", "video/mp4")):
-        text = base64.b64encode((folder / file).read_bytes()).decode()
-        url = {"url": f"data:{media_type};base64,{text}"}
-        urls[kind] = {"type": f"{kind}_url", f"{kind}_url": url}
-    return urls
+    from serving import part_of
+
+    return {kind: part_of(folder / file) for kind, file in (("image", "image.png"), ("video", "video.mp4"))}
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +74,8 @@ def expected(variant, part, **options) -> tuple:
 def test_every_family_answers_in_one_piece_and_streamed(server, variants, parts, name, kind):
     answer, length = expected(variants[name], parts[kind])
     content = [parts[kind], QUESTION]
-    assert answer and server.ask(variants[name][0], content) == (answer, length)
-    assert server.ask(variants[name][0], content, stream=True) == (answer, None)
+    assert answer and server.ask(variants[name][0], content, NEW_TOKENS) == (answer, length)
+    assert server.ask(variants[name][0], content, NEW_TOKENS, stream=True) == (answer, None)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +86,7 @@ def test_frames_and_ratio_of_a_request(server, variants, parts, options):
     variant = variants["llava_next_video"]
     wanted = expected(variant, parts["video"], **options)
     assert wanted[1] != expected(variant, parts["video"])[1]
-    assert server.ask(variant[0], [parts["video"], QUESTION], **options) == wanted
+    assert server.ask(variant[0], [parts["video"], QUESTION], NEW_TOKENS, **options) == wanted
 
 
 def test_four_requests_at_once_get_what_each_gets_alone(server, variants, parts):
@@ -144,7 +97,8 @@ def test_four_requests_at_once_get_what_each_gets_alone(server, variants, parts)
         name, kind, ratio = case
         stream = ratio == 0.3
         return [
-            server.ask(variants[name][0], [parts[kind], QUESTION], stream=stream, keep_ratio=ratio)[0] for _ in range(3)
+            server.ask(variants[name][0], [parts[kind], QUESTION], NEW_TOKENS, stream=stream, keep_ratio=ratio)[0]
+            for _ in range(3)
         ]
 
     with ThreadPoolExecutor(4) as pool:
@@ -158,7 +112,9 @@ def test_a_broken_medium_is_an_error_without_its_content(server, variants, parts
     part = json.loads(json.dumps(parts[kind]))
     part[f"{kind}_url"]["url"] = f"data:{kind}/x;base64,{SECRET * 100}"
     with pytest.raises(openai.InternalServerError) as caught:
-        server.ask(variants["llava_next_video"][0], [part, QUESTION])
-    assert server.ask(variants["llava_next_video"][0], [parts[kind], QUESTION])[0]  # and by then the log is written
+        server.ask(variants["llava_next_video"][0], [part, QUESTION], NEW_TOKENS)
+    assert server.ask(variants["llava_next_video"][0], [parts[kind], QUESTION], NEW_TOKENS)[
+        0
+    ]  # and by then the log is written
     assert SECRET not in str(caught.value) and SECRET not in server.log.read_text()
     assert f"a data URL of {len(part[f'{kind}_url']['url'])} characters" in server.log.read_text()

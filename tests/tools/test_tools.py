@@ -181,6 +181,7 @@ WRITERS = {
     "encoder_cost": ["--output", "OUTPUT"],
     "selection_cost": ["--output", "OUTPUT"],
     "check_ecosystem": ["--output", "OUTPUT"],
+    "finetune": ["--output", "OUTPUT"],
     "lmms_compare": ["--output", "OUTPUT", "--questions", "missing", "--pair", "a", "b", "rediprune", "0.1"],
     "lmms_table": ["--output", "OUTPUT", "a=missing"],
     "make_lmms_task": ["--output", "OUTPUT"],
@@ -236,17 +237,18 @@ def test_an_overlay_goes_where_no_folder_was(monkeypatch, tmp_path):
     assert len(list(tmp_path.rglob("*.*"))) == 2  # nothing half written
 
 
-def test_rows_of_the_ecosystem_are_added_to_those_of_earlier_runs(monkeypatch, tmp_path, capsys):
-    for row in ("eager", "bfloat16"):
-        run(monkeypatch, "check_ecosystem", "--output", tmp_path / "new" / "table", "--rows", row)
-    record = json.loads((tmp_path / "new" / "table.json").read_text())[transformers.__version__]
-    assert {name: row["works"] for name, row in record["rows"].items()} == {"eager": True, "bfloat16": True}
-    assert "same answer as plain generation" in (tmp_path / "new" / "table.md").read_text()
-    (tmp_path / "new" / "table.json").write_text("{")
-    with pytest.raises(
-        SystemExit, match="table.json cannot be read .*, and results are added to it; choose another --output"
-    ):
-        run(monkeypatch, "check_ecosystem", "--output", tmp_path / "new" / "table")
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("/nope", "--model /nope: no such folder, and not a Hub id .NAMESPACE/NAME. either"),
+        ("me/nope", "--model me/nope .revision main. cannot be downloaded, and is not in the local cache: "),
+    ],
+)
+def test_a_model_that_is_not_there(monkeypatch, model, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "ask", "--model", model, *VIDEO, "--question", "what?")
 
 
 @pytest.mark.parametrize("name", ["kept", "kept.txt", "folder.png"])
