@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 from conftest import ROOT
 from families import FAMILIES
 from rediprune.methods_registry import METHODS
@@ -39,14 +40,15 @@ def test_every_method_that_moves_positions(method, serve):
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_next_video", "video_llava"])
 @pytest.mark.parametrize("method", ["rediprune", "rediprune_plus"])
-def test_every_family_linked_to_its_base(family, method, serve, tmp_path):
+def test_every_family_linked_to_its_base(family, method, serve, tmp_path, monkeypatch):
     """An exported variant holds no weights: they come from where its config.json says."""
+    monkeypatch.setitem(tiny.TEXT_SIZES, "head_dim", 32)  # the smallest that vLLM's attention on CPUs has
     family = next(each for each in FAMILIES if each.name == family)
     (tmp_path / "base").mkdir()
     base = family.save_stock_checkpoint(tmp_path / "base")
     variant = tmp_path / "variant"
     command = [sys.executable, str(ROOT / "scripts" / "export.py"), str(base), "--link", "--output", str(variant)]
-    subprocess.run([*command, "--method", method, "--keep-ratio", "0.3"], check=True)
+    subprocess.run([*command, "--no-check", "--method", method, "--keep-ratio", "0.3"], check=True)
     assert not list(variant.glob("*.safetensors"))
     engine, reference = serve(variant)
     asked = [
