@@ -1,6 +1,7 @@
 """The model: the variant's own code encodes and prunes, vLLM's language model reads what stays."""
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -181,7 +182,8 @@ class PrunedModel(nn.Module, SupportsMultiModal, SupportsMRoPE):
         if self.config.pruning.resolved("positions") == "scaled":
             core, skipped = self.code["core_positions"], torch.zeros_like(columns)
             skipped[-1:] = total
-            room = core.room_for_gaps(self.config.text_config, torch.full_like(total, len(columns)), total)
+            limit = min(core.context_length(self.config.text_config), self.config.pruning.max_positions or math.inf)
+            room = core.room_for_gaps(limit, torch.full_like(total, len(columns)), total)
             columns, skipped = (values[0] for values in core.shrunk_columns(columns[None], skipped[None], room))
             total = skipped.sum()
         # Prompts with later positions are refused, but for media that the engine had before.

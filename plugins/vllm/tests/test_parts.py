@@ -88,8 +88,8 @@ def test_videos_as_they_are_passed():
 
 
 @pytest.mark.parametrize("positions", ["original", "scaled", "compact"])
-@pytest.mark.parametrize("context", [64, 4096])
-def test_positions_are_those_of_transformers(positions, context):
+@pytest.mark.parametrize("context, most", [(64, None), (4096, None), (4096, 48)])
+def test_positions_are_those_of_transformers(positions, context, most):
     """In chunks of every length, and again after a request was put off; media stand side by side, and one ends the prompt."""
     from types import SimpleNamespace
 
@@ -99,7 +99,8 @@ def test_positions_are_those_of_transformers(positions, context):
     from rediprune_vllm.model import PrunedModel, marks
 
     text_config = SimpleNamespace(hidden_size=8, max_position_embeddings=context)
-    pruning = SimpleNamespace(resolved=lambda key: positions)
+    pruning = SimpleNamespace(resolved=lambda key: positions, max_positions=most)
+    limit = min(context, most or context)
     model = SimpleNamespace(
         config=SimpleNamespace(text_config=text_config, pruning=pruning),
         code={"core_positions": core_positions},
@@ -120,7 +121,7 @@ def test_positions_are_those_of_transformers(positions, context):
     mask = torch.tensor([ids]) == 4
     expected, skipped = core_positions.unpruned_columns({"video": mask}, items)
     if positions == "scaled":
-        room = core_positions.room_for_gaps(text_config, torch.tensor([len(ids)]), skipped.sum(1))
+        room = core_positions.room_for_gaps(limit, torch.tensor([len(ids)]), skipped.sum(1))
         expected, skipped = core_positions.shrunk_columns(expected, skipped, room)
     if positions == "compact":
         expected, skipped = torch.arange(len(ids))[None], torch.zeros_like(skipped)
