@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from ask import generate, times
+from drawing.page import page
+from drawing.pictures import pictures_of, pixels_of
+from drawing.trace import Panel, ratio_grid, trace
 from media import chat_prompt
-from pictures import pictures_of, pixels_of
 from repository import StageTimer
-from visualize_page import page
-from visualize_trace import Panel, ratio_grid, trace
 
 MAX_BYTES = 64 * 2**20  # of an upload
 MAX_PIXELS = 3840 * 2160  # of a frame

@@ -195,7 +195,7 @@ def main():
 
 
 def write_overlay(args, model, processor, inputs, caption: str) -> None:
-    from overlay import draw_overlay
+    from drawing.overlay import draw_overlay
 
     try:
         draw_overlay(model, processor, inputs, caption, args.overlay)

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark_tables import STAGES, markdown, summarise
+from benchmarking.shapes import SHAPES, random_model, shape_config, shape_of
+from benchmarking.tables import STAGES, markdown, summarise
 from repository import (
     DTYPES,
     StageTimer,
@@ -43,7 +44,6 @@ from repository import (
     use_device,
     write_results,
 )
-from shapes import SHAPES, random_model, shape_config, shape_of
 from tflops import prefill
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -120,7 +120,7 @@ def check_arguments(args) -> None:
     if args.plots:
         if not args.output:
             fail("--plots needs --output, which says where they go")
-        import benchmark_plots  # noqa: F401  says what is missing before anything is measured
+        import benchmarking.plots  # noqa: F401  says what is missing before anything is measured
 
 
 def parser_default(name: str):
@@ -372,7 +372,7 @@ def read_results(path) -> dict:
 def write_report(report: dict, args) -> None:
     write_results(args.output, {".json": json.dumps(report, indent=1) + "\n", ".md": markdown(report)})
     if args.plots:
-        from benchmark_plots import draw
+        from benchmarking.plots import draw
 
         write_results(args.output, {f"-{name}.png": picture for name, picture in draw(report).items()})
 
@@ -387,7 +387,7 @@ def main():
     if args.source:
         report = read_results(args.source)
     elif args.selection:
-        from benchmark_selection import benchmark_selection
+        from benchmarking.selection import benchmark_selection
 
         use_device(args)
         report = {"kind": "selection", "command": command_line(), **benchmark_selection(args)}

@@ -16,7 +16,7 @@ import sys
 import time
 
 import torch
-from benchmark_tables import heading, milliseconds, spread, table
+from benchmarking.tables import heading, milliseconds, spread, table
 from repository import (
     DTYPES,
     at_least_one,

@@ -33,13 +33,13 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 
-import evaluate_questions
+import evaluation.questions as evaluate_questions
 import torch
 import toy_world
-from evaluate_log import AnswerLog, JsonLines, answers_path, claimed, code_fingerprint
-from evaluate_questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
-from evaluate_report import mark_fronts, markdown, score
-from evaluate_settings import UNPRUNED, Setting, as_setting
+from evaluation.log import AnswerLog, JsonLines, answers_path, claimed, code_fingerprint
+from evaluation.questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
+from evaluation.report import mark_fronts, markdown, score
+from evaluation.settings import UNPRUNED, Setting, as_setting
 from repository import (
     FeatureMemory,
     add_model_arguments,

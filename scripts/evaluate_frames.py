@@ -17,9 +17,9 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from evaluate_questions import Questions, add_scene_arguments, answer, check_scenes
-from evaluate_report import interval, percent, table, with_interval
-from evaluate_settings import UNPRUNED, as_setting
+from evaluation.questions import Questions, add_scene_arguments, answer, check_scenes
+from evaluation.report import interval, percent, table, with_interval
+from evaluation.settings import UNPRUNED, as_setting
 from repository import add_model_arguments, at_least_one, environment, fail, load, output_prefix, write_results
 from toy_world import NUM_FRAMES, TABLES_START
 from tqdm import tqdm

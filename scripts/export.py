@@ -28,7 +28,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from export_base import (
+from exporter.base import (
     PROCESSOR_FILES,
     SMALL_FILES,
     ExportError,
@@ -39,7 +39,7 @@ from export_base import (
     read_config,
     sizes_of_weights,
 )
-from export_folder import check_replaceable, parent_of, tidy, whole_folder
+from exporter.folder import check_replaceable, parent_of, tidy, whole_folder
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from repository import ROOT, code_module, fail, json_or_string

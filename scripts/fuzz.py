@@ -36,8 +36,8 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
-from fuzz_cases import TEXT_TOWER, Case, draw_case
-from fuzz_reference import Layout, Row
+from fuzzing.cases import TEXT_TOWER, Case, draw_case
+from fuzzing.reference import Layout, Row
 from repository import ROOT, at_least_one, code_module, environment, output_prefix, write_results
 from tqdm import tqdm
 from transformers import DynamicCache

@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from evaluate_report import percent, table
+from evaluation.report import percent, table
 from make_lmms_task import TASKS
 from repository import environment, fail, keep_ratio, output_prefix, write_results
 

@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from evaluate_report import table
+from evaluation.report import table
 from repository import fail, output_prefix, write_results
 
 # Task, metric, column, and what makes the figure a percentage where lmms-eval gives a share.

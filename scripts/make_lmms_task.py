@@ -17,7 +17,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from evaluate_questions import add_scene_arguments, check_scenes
+from evaluation.questions import add_scene_arguments, check_scenes
 from PIL import Image
 from repository import ROOT, fail, output_folder, write_whole
 from toy_world import TABLES_START, sample_image, sample_video

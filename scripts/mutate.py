@@ -31,8 +31,8 @@ from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
-from evaluate_log import JsonLines, claimed
-from evaluate_report import table
+from evaluation.log import JsonLines, claimed
+from evaluation.report import table
 from mutate_faults import faults_of, parses
 from repository import ROOT, at_least_one, environment, fail, output_prefix, write_results
 from tqdm import tqdm
@@ -91,25 +91,25 @@ TESTS = {
     "inputs_video.py": ("test_videos.py", "test_processing.py", "test_download.py"),
     "inputs_words.py": ("test_words.py",),
     "scripts/benchmark.py": ("test_benchmark.py",),
-    "scripts/benchmark_tables.py": ("test_benchmark.py",),
+    "scripts/benchmarking/tables.py": ("test_benchmark.py",),
     "scripts/check_variant.py": ("test_check_variant.py", "test_export.py"),
     "scripts/evaluate.py": ("test_evaluate.py",),
-    "scripts/evaluate_log.py": ("test_evaluate.py",),
+    "scripts/evaluation/log.py": ("test_evaluate.py",),
     "scripts/evaluate_frames.py": ("test_evaluate_frames.py",),
-    "scripts/evaluate_settings.py": ("test_evaluate.py",),
-    "scripts/evaluate_questions.py": ("test_evaluate.py",),
-    "scripts/evaluate_report.py": ("test_evaluate.py",),
+    "scripts/evaluation/settings.py": ("test_evaluate.py",),
+    "scripts/evaluation/questions.py": ("test_evaluate.py",),
+    "scripts/evaluation/report.py": ("test_evaluate.py",),
     "scripts/export.py": ("test_export_files.py", "test_export.py", "test_hub.py"),
-    "scripts/export_base.py": ("test_export_files.py", "test_export.py", "test_hub.py"),
-    "scripts/export_folder.py": ("test_export_files.py", "test_export.py"),
-    "scripts/fuzz_cases.py": ("test_fuzz.py",),
+    "scripts/exporter/base.py": ("test_export_files.py", "test_export.py", "test_hub.py"),
+    "scripts/exporter/folder.py": ("test_export_files.py", "test_export.py"),
+    "scripts/fuzzing/cases.py": ("test_fuzz.py",),
     "scripts/mutate_faults.py": ("test_mutate.py",),
     "scripts/relevance_study.py": ("test_relevance_study.py",),
     "scripts/repository.py": ("test_benchmark.py", "test_evaluate.py", "test_tools.py", "test_visualize.py"),
     "scripts/tflops.py": ("test_tflops.py",),
     "scripts/toy_world.py": ("test_toy_world.py",),
-    "scripts/pictures.py": ("test_families_in_tools.py", "test_visualize.py"),
-    "scripts/visualize_trace.py": ("test_visualize.py", "test_families_in_tools.py"),
+    "scripts/drawing/pictures.py": ("test_families_in_tools.py", "test_visualize.py"),
+    "scripts/drawing/trace.py": ("test_visualize.py", "test_families_in_tools.py"),
 }  # fmt: skip
 LEFT_BEHIND = shutil.ignore_patterns(
     ".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "*.part"
@@ -273,7 +273,7 @@ def bench(args):
 
 def code_of(root: Path) -> str:
     """A hash of all code of a tree, its tests included."""
-    files = sorted([*root.glob("*.py"), *(root / "scripts").glob("*.py"), *(root / "tests").rglob("*.py")])
+    files = sorted([*root.glob("*.py"), *(root / "scripts").rglob("*.py"), *(root / "tests").rglob("*.py")])
     return hashlib.sha256(
         b"\n".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in files)
     ).hexdigest()[:16]

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
-from benchmark_tables import table
+from benchmarking.tables import table
 from lmms_table import read_json, read_run
 from repository import ROOT
 from tflops import prefill

@@ -17,7 +17,7 @@ from collections import defaultdict
 
 import numpy as np
 import torch
-from evaluate_questions import Questions, add_scene_arguments, check_scenes
+from evaluation.questions import Questions, add_scene_arguments, check_scenes
 from repository import add_model_arguments, code_module, environment, fail, load, output_prefix, write_results
 from toy_world import CHOICES_START, object_map, sample_video
 from tqdm import tqdm

@@ -14,7 +14,7 @@ import time
 from unittest import mock
 
 import torch
-from benchmark_tables import heading, milliseconds, spread, table
+from benchmarking.tables import heading, milliseconds, spread, table
 from encoder_cost import time_in_turns
 from repository import (
     at_least_one,

@@ -17,6 +17,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from drawing.page import page
+from drawing.sheet import WIDTH, sheet
+from drawing.trace import PreparedMedia, ratio_grid, trace
 from media import add_media_arguments, read_media
 from repository import (
     FeatureMemory,
@@ -30,9 +33,6 @@ from repository import (
     write_results,
 )
 from tqdm import tqdm
-from visualize_page import page
-from visualize_sheet import WIDTH, sheet
-from visualize_trace import PreparedMedia, ratio_grid, trace
 
 DEFAULT_METHODS = ("rediprune", "divprune", "random")
 DEFAULT_RATIOS = (0.1, 0.25, 0.5)

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import export
-import export_folder
+import exporter.folder as export_folder
 import pytest
 from exporting import broken, contents, leftovers, refused, run
 from hub_server import Hub

@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
+from benchmarking.shapes import SHAPES, random_model, shape_config
 from rediprune import core_positions
 from rediprune.core_encoded import encoder_identity, freeze
 from rediprune.core_items import MediaItem
-from shapes import SHAPES, random_model, shape_config
 from tiny import random_video, tiny_config, tiny_model, tiny_processor
 from transformers import DynamicCache
 

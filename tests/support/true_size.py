@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from shapes import LANGUAGE, SHAPES, random_model, shape_config  # noqa: E402
+from benchmarking.shapes import LANGUAGE, SHAPES, random_model, shape_config  # noqa: E402
 
 FRAMES = 8
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

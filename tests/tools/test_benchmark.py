@@ -11,14 +11,14 @@ import benchmark
 import pytest
 import selection_cost
 import torch
-from benchmark_selection import compare, measure_size, plain_select
-from benchmark_tables import COLUMNS, SECOND, _goal, markdown, spread, summarise
+from benchmarking.selection import compare, measure_size, plain_select
+from benchmarking.shapes import SHAPES, random_model, shape_config
+from benchmarking.tables import COLUMNS, SECOND, _goal, markdown, spread, summarise
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.ops_selection import select_rediprune
 from repository import StageTimer, write_whole
-from shapes import SHAPES, random_model, shape_config
 from tiny import PATCHES, POOLED, tiny_config, tiny_model
 
 QUICK = ["--frames", 2, "--text", 24, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--threads", 1]
@@ -266,10 +266,10 @@ def test_plots(report, monkeypatch, tmp_path):
 
 def test_plots_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "benchmark_plots", raising=False)
+    monkeypatch.delitem(sys.modules, "benchmarking.plots", raising=False)
     message = refusal(monkeypatch, "--output", tmp_path / "x", "--plots")
     assert "needs matplotlib" in message and "pip install matplotlib" in message
-    monkeypatch.delitem(sys.modules, "benchmark_plots", raising=False)
+    monkeypatch.delitem(sys.modules, "benchmarking.plots", raising=False)
 
 
 def test_a_timer_of_another_clock(model):
@@ -400,7 +400,7 @@ def test_measuring_one_size_of_selection():
 
 
 def test_the_selection_report(monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmark_selection.SIZES", ((1, 20), (2, 30)))
+    monkeypatch.setattr("benchmarking.selection.SIZES", ((1, 20), (2, 30)))
     arguments = [
         "--selection",
         "--ratios",

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from evaluate_log import answers_path, claimed, code_fingerprint
-from evaluate_questions import CONSTANT_QUERY, OtherQuery, Questions
-from evaluate_report import interval, mark_fronts, pareto_front, score
+from evaluation.log import answers_path, claimed, code_fingerprint
+from evaluation.questions import CONSTANT_QUERY, OtherQuery, Questions
+from evaluation.report import interval, mark_fronts, pareto_front, score
 from places import ROOT
 from rediprune.configuration_rediprune import PruningConfig
 from repository import FeatureMemory, keep_ratio

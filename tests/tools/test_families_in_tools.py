@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from ask import visual_tokens
+from drawing.overlay import draw_overlay
+from drawing.pictures import patches_of, pictures_of
+from drawing.trace import PreparedMedia, ratio_grid, trace
 from families import FAMILIES
 from media import add_media_arguments, read_media
-from overlay import draw_overlay
-from pictures import patches_of, pictures_of
 from PIL import Image
 from places import ROOT
 from repository import FeatureMemory
 from tiny import IMAGE_SIZE, PATCH_SIZE, random_video
-from visualize_trace import PreparedMedia, ratio_grid, trace
 
 MEDIA = {"image": "image-1.png", "video": "video-1.mp4"}
 CASES = [pytest.param(family, kind, id=f"{family.name}-{kind}") for family in FAMILIES for kind in family.kinds]

@@ -10,7 +10,7 @@ import rediprune.core_forward as forward
 import rediprune.core_language as language
 import rediprune.core_pruner as pruner
 import torch
-from fuzz_cases import CACHES, draw_case
+from fuzzing.cases import CACHES, draw_case
 from rediprune.methods_base import Method
 from rediprune.methods_registry import METHODS
 from rediprune.ops_selection import count_kept

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluate_questions import Questions
+from evaluation.questions import Questions
 from exporting import run as export_variant
 from families import FAMILIES
 from make_lmms_task import TASKS, write_task

@@ -11,13 +11,13 @@ import pytest
 import torch
 import visualize
 from browser import Browser, find_browser
+from drawing.colours import HEAT, ORDER, colour_of
+from drawing.sheet import wrapped
+from drawing.trace import PreparedMedia, ratio_grid, trace
 from media import add_media_arguments, process, read_media
 from PIL import Image, ImageFont
 from places import ROOT
 from repository import FeatureMemory, add_model_arguments, load, parse_setting
-from visualize_colours import HEAT, ORDER, colour_of
-from visualize_sheet import wrapped
-from visualize_trace import PreparedMedia, ratio_grid, trace
 
 SAMPLES = ROOT / "samples"
 VIDEO = ["--video", str(SAMPLES / "video-1.mp4")]

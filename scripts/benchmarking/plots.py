@@ -4,7 +4,7 @@ import io
 import json
 from statistics import median
 
-from benchmark_tables import COLUMNS
+from benchmarking.tables import COLUMNS
 from repository import fail
 
 try:

@@ -18,7 +18,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from export_base import ExportError
+from exporter.base import ExportError
 from repository import ROOT, code_module
 
 try:

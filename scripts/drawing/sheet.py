@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 import numpy as np
+from drawing.colours import BOTH, FIRST, HEAT, ORDER, SECOND, colour_of
+from drawing.trace import LOOKS
 from PIL import Image, ImageDraw, ImageFont
-from visualize_colours import BOTH, FIRST, HEAT, ORDER, SECOND, colour_of
-from visualize_trace import LOOKS
 
 WIDTH, NARROWEST = 1280, 1000  # about what a page or a screen shows without shrinking it
 EDGE, LABELS, BETWEEN, GAP = 48, 250, 36, 6

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+from drawing.colours import FIRST, HEAT, ORDER, SECOND
+from drawing.trace import LOOKS
 from PIL import Image
-from visualize_colours import FIRST, HEAT, ORDER, SECOND
-from visualize_trace import LOOKS
 
-TEMPLATE = Path(__file__).with_name("visualize_page.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 SMALL = 128  # pictures up to this size are stored without loss
 
 

@@ -8,8 +8,8 @@ from typing import Optional
 
 import numpy as np
 import torch
+from drawing.pictures import PIXELS, patches_of, pictures_of, pixels_of
 from media import chat_prompt, process
-from pictures import PIXELS, patches_of, pictures_of, pixels_of
 from repository import code_module
 
 # What a method may look at, beside the features themselves, and how a caption calls it; of several the first is shown.

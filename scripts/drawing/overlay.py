@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pictures import patches_of, pictures_of
+from drawing.pictures import patches_of, pictures_of
 from PIL import Image, ImageDraw, ImageFont
 from repository import PICTURES, write_whole
 
