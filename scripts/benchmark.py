@@ -163,7 +163,9 @@ def pruning_of(model, cell: dict):
 def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:
     """A prompt of random words around one random video in every row, or one image where the model takes no videos."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
-    size = config.vision_config.image_size
+    size = getattr(config.vision_config, "image_size", None)
+    if size is None:
+        raise ValueError(f"{config.model_type} takes pictures of any size as patches, which no random medium here has")
     if config.takes_videos:
         layout, token = model.layout_class.video(model.frame_size, frames, pruning), config.video_token_id
         shape, name = (batch, frames, 3, size, size), "pixel_values_videos"

@@ -333,8 +333,8 @@ def test_every_family_is_measured_with_a_medium_that_it_takes(family, monkeypatc
     call(monkeypatch, *QUICK, "--ratios", 0.25, "--json")
     report = json.loads(capsys.readouterr().out)
     unpruned, pruned = report["rows"]
-    if family.name == "llava_next":
-        assert "cuts its images into tiles" in pruned["error"]
+    if family.name == "llava_next" or family.has_mrope:
+        assert ("takes pictures of any size" if family.has_mrope else "cuts its images into tiles") in pruned["error"]
         return
     assert report["medium"] == family.kinds[-1] and pruned["visual_tokens"] < unpruned["visual_tokens"] / 3
     assert ("one image" in markdown(report)) == (family.name == "llava")
@@ -466,8 +466,8 @@ def test_selection_cost(monkeypatch, tmp_path, capsys):
 def test_every_family_is_measured_on_a_medium_that_it_takes(family):
     model = family.model()
     model.config.pruning.keep_ratio = 0.25
-    if family.name == "llava_next":
-        with pytest.raises(ValueError, match="rediprune_llava_next cuts its images into tiles"):
+    if family.name == "llava_next" or family.has_mrope:
+        with pytest.raises(ValueError, match="cuts its images into tiles|takes pictures of any size as patches"):
             benchmark.random_inputs(model, model.config.pruning, frames=1, batch=1, text=30, seed=0)
         return
     inputs = benchmark.random_inputs(model, model.config.pruning, frames=2, batch=2, text=30, seed=0)
