@@ -57,5 +57,8 @@ def test_every_family_linked_to_its_base(family, method, serve, tmp_path, monkey
         for question in ("what colour is the star ?", "where does it move ?")
         if {kind_of(name) for name in media} <= set(family.kinds)
     ]
-    assert engine.answers(asked) == reference.answers(asked)
+    # The stock checkpoints of the tests name no token that ends an answer to transformers; vLLM takes that of the config.
+    end = reference.model.config.text_config.eos_token_id
+    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in reference.answers(asked)]
+    assert engine.answers(asked) == expected
     assert set(engine.pruned) == reference.pruned(asked)
