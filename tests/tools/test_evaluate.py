@@ -16,6 +16,7 @@ import transformers
 from evaluation.log import answers_path, claimed, code_fingerprint
 from evaluation.questions import CONSTANT_QUERY, OtherQuery, Questions
 from evaluation.report import interval, mark_fronts, pareto_front, score
+from evaluation.settings import as_setting
 from places import ROOT
 from rediprune.configuration_rediprune import PruningConfig
 from repository import FeatureMemory, keep_ratio
@@ -310,7 +311,7 @@ def test_the_words_are_those_of_the_other_question(loaded):
     script = SimpleNamespace(model=model, processor=caller, other_query=SimpleNamespace(tokens=None))
     for query, words in (("constant", {"see"}), ("own", None)):
         inputs = module.Evaluation.inputs(
-            script, questions, module.setting(f"mmtok,query={query}"), (0, len(questions)), 0.25
+            script, questions, as_setting(f"mmtok,query={query}"), (0, len(questions)), 0.25
         )
         found = {processor.decode(row[row >= 0]).strip() for row in inputs["word_input_ids"]}
         assert found == words if words else len(found) > 2
