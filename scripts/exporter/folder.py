@@ -68,7 +68,7 @@ def check_replaceable(output: Path, force: bool) -> None:
         raise ExportError(f"{output} exists already; choose another --output, or pass --force to replace it")
     try:
         model_type = untrusted.read_object(output / "config.json").get("model_type")
-        is_variant = model_type == configuration.ReDiPruneConfig.model_type
+        is_variant = model_type in {cls.model_type for cls in configuration.CONFIGS.values()}
     except (OSError, ValueError):
         is_variant = output.is_dir() and not any(output.iterdir())
     if not is_variant or os.path.lexists(output / ".git") or output.resolve() == ROOT or output.is_mount():

@@ -206,6 +206,15 @@ def test_a_variant_under_version_control_is_not_replaced(base, variant, tmp_path
         shutil.rmtree(output)
 
 
+def test_variants_of_every_family_and_nothing_else_are_replaced(tmp_path):
+    for cls in export_folder.configuration.CONFIGS.values():
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": cls.model_type}))
+        export_folder.check_replaceable(tmp_path, force=True)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": cls.base_model_type}))
+        with pytest.raises(export_folder.ExportError, match="--force does not replace it"):
+            export_folder.check_replaceable(tmp_path, force=True)
+
+
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_what_appears_at_the_output_during_the_work_stays(base, tmp_path, monkeypatch, force):
     output, written = tmp_path / "variant", export.write_card
