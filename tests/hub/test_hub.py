@@ -13,14 +13,15 @@ from pathlib import Path
 
 import export
 import pytest
+from code_package import code_files
 from hub_server import Hub
 from places import ROOT, SUPPORT
+from rediprune.configuration_rediprune import ReDiPruneConfig
 from tiny import save_stock_checkpoint
 
 pytestmark = [pytest.mark.hub, pytest.mark.slow]
 OTHER_PYTHON = os.environ.get("OTHER_PYTHON")
 needs_other = pytest.mark.skipif(not OTHER_PYTHON, reason="OTHER_PYTHON does not name the other line's interpreter")
-CODE = sorted(path.name for path in ROOT.glob("*.py"))
 AUTO_KEYS = {
     "AutoConfig",
     "AutoModel",
@@ -100,7 +101,7 @@ def pushed(hub, variant, tmp_path_factory):
 
 
 def test_push_brings_every_file(pushed):
-    assert set(CODE) <= set(pushed["files"])
+    assert code_files(ReDiPruneConfig.auto_map_of_class()) <= set(pushed["files"])
     assert {"config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json"} <= set(
         pushed["files"]
     )

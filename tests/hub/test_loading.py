@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from places import ROOT, SUPPORT
+from code_package import code_files
+from places import SUPPORT
 from rediprune.configuration_rediprune import ReDiPruneConfig
 from rediprune.modeling_rediprune_llava import ReDiPruneLlavaNextVideoForConditionalGeneration as Model
 from rediprune.processing_rediprune import ReDiPruneProcessor
@@ -242,8 +243,7 @@ def test_saving_copies_the_code_and_names_it(model, tmp_path):
     model.save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
-    code = {path.name for path in ROOT.glob("*.py")}
-    assert {path.name for path in tmp_path.glob("*.py")} == code
+    assert {path.name for path in tmp_path.glob("*.py")} == code_files(AUTO_MAP)
     for reference in AUTO_MAP.values():
         file, name = reference.split(".")
         assert f"\nclass {name}(" in (tmp_path / f"{file}.py").read_text()
