@@ -114,7 +114,9 @@ def published(base, folder, templates=("chat_template.jinja", "chat_template.jso
     """The base with the files that the oldest of the published checkpoints have: no template, no file of the processor's own or
     of the videos'."""
     shutil.copytree(base, folder)
-    processor = json.loads((folder / "processor_config.json").read_text())
+    # 4.57 writes no such file where a processor has nothing to say itself.
+    file = folder / "processor_config.json"
+    processor = json.loads(file.read_text()) if file.exists() else {}
     if "image_processor" in processor:  # as 5.x writes it
         (folder / "preprocessor_config.json").write_text(json.dumps(processor["image_processor"]))
     for name in ("processor_config.json", "video_preprocessor_config.json", *templates):
