@@ -329,7 +329,9 @@ def benchmark_model(args) -> dict:
     load_before = os.getloadavg()[0]
     rows = measure(model, cells_of(args), args)
     shape = SHAPES.get(args.shape)
-    layers = model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers
+    vision = model.config.vision_config
+    vision_layers = getattr(vision, "num_hidden_layers", None) or vision.depth  # Qwen's name, the only one on 4.57
+    layers = model.config.text_config.num_hidden_layers, vision_layers
     report = {
         "kind": "model",
         "command": command_line(),
