@@ -2,7 +2,8 @@
 
 Every setting (method x keep ratio) is measured beside the unpruned model with the same frames, pooling and batch, in
 turns: a round runs each of them once, so that all see the same machine. The video and the question are random; neither
-their content nor that of the weights changes what is measured. Nothing is written but OUTPUT.json, OUTPUT.md and
+their content nor that of the weights changes what is measured. In fp32 on two CPU cores, two language layers and the whole vision
+tower of a 7B model took 12 minutes (two methods, one ratio, three rounds) and 5.5 GB. Nothing is written but OUTPUT.json, OUTPUT.md and
 OUTPUT-*.png.
 
 Examples:
