@@ -10,6 +10,7 @@ from .core_layout import PatchSize
 from .core_processor import PrunedProcessorMixin
 from .hub_versions import stock_processor_kwargs
 from .inputs_video import frame_indices
+from .methods_registry import METHODS
 
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 
@@ -89,8 +90,19 @@ class PatchProcessorMixin(PrunedProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes=None, video_sizes=None, keep_ratio=None, keep_tokens=None, **kwargs
     ):
-        """As in `PrunedProcessorMixin`, for media of any sizes, with the arguments of the image and video processors."""
+        """
+        As in `PrunedProcessorMixin`, for media of any sizes, with the arguments of the image and video processors.
+
+        Raises:
+            NotImplementedError: the number of patches, which is all that the stock processors tell of a size, does not decide
+                how many tokens stay.
+        """
         pruning, numbers = self.pruning.with_budget(keep_ratio, keep_tokens), {}
+        if pruning.prunes and METHODS[pruning.method].counts_by_shape:
+            raise NotImplementedError(
+                f"method={pruning.method!r} keeps a number of tokens that depends on the height and width of their grid, but of "
+                "media of any size only the number of patches is known before they are read; choose another method"
+            )
 
         def count(kind, frames, patches):
             merge_size = getattr(self, f"{kind}_processor").merge_size

@@ -115,6 +115,11 @@ class Method:
         """The same for a set that is a `TokenGrid`, for methods whose count follows from its height and width."""
         return self.count(grid.num_tokens, pruning)
 
+    @property
+    def counts_by_shape(self) -> bool:
+        """Whether sets of as many tokens can keep different numbers of them, by their height and width."""
+        return type(self).count_in_grid is not Method.count_in_grid
+
     def count_in_encoder(self, num_patches: int, num_kept: int, pruning) -> int:
         """Of the `num_patches` patches of a set whose count is `num_kept`, how many leave the vision encoder."""
         return num_patches

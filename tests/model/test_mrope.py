@@ -172,6 +172,14 @@ def test_serving_engines_ask_for_the_number_of_placeholders(family):
 
 
 @EVERY_FAMILY
+def test_a_number_that_depends_on_the_shape_of_a_grid_is_not_guessed(family):
+    processor = family.processor(keep_ratio=0.3, method="downsample")
+    with pytest.raises(NotImplementedError, match="method='downsample' .* height and width"):
+        processor._get_num_multimodal_tokens(image_sizes=[(24, 96)])
+    assert family.processor(keep_ratio=1, method="downsample")._get_num_multimodal_tokens(image_sizes=[(24, 96)])
+
+
+@EVERY_FAMILY
 @pytest.mark.parametrize(
     "block, reason",
     [
