@@ -1,4 +1,4 @@
-"""Configuration: the pruning block, checked when it is set, and the config class of every family."""
+"""The config class of every family, whose pruning block is in `methods_block.py`."""
 
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from .methods_settings import is_whole, shown
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
-    # names itself, so each of the three that `auto_map` names lists all that it rests on.
+    # names itself, so each of those that `auto_map` names lists all that it rests on.
     from .methods_attention import CONTEXTUAL_SHARE  # noqa: F401
     from .methods_baselines import Random  # noqa: F401
     from .methods_coverage import VISION_TEMPERATURE  # noqa: F401

@@ -19,7 +19,8 @@ class TokenRecord(NamedTuple):
         sizes: (B, T) fp32, how many tokens it stands for in attention, itself included; `None` = one for all of them. In a static
             cache 0 behind the last token.
         skipped: (B, T) fp32, how many positions of the unpruned prompt are left out at it: right before, and, at the last token
-            of an image or video, right after it. Their sum is how far the next token is moved.
+            of an image or video, right after it. Their sum is how far the next token is moved. Negative under M-RoPE, where
+            the text behind a medium may have a smaller position than its place in the prompt.
     """
 
     sizes: Optional[torch.Tensor]

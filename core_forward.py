@@ -9,7 +9,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .core_cache import TokenRecord, cached_tokens, one_cache
 from .core_encoded import EncodedMedia
-from .core_items import MediaSizes, place_items, tokens_by_place
+from .core_items import MediaSizes, tokens_by_place
 from .core_language import LanguageForwardMixin
 from .core_layout import sizes_of_tiled
 from .core_media import MediaStagesMixin
@@ -133,12 +133,9 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
-        if encoded_media is not None:
-            self.check_encoded(encoded_media, pixels, sizes, pruning, **tower)
-        self.check_media(pixels, sizes)
         masks = self.placeholder_masks(**prompt)
         check_masks(masks["image"].shape, cached_tokens(cache), attention_mask, query_mask)
-        items = place_items(self.layouts_of(pixels, sizes, pruning, encoded_media), masks, pruning)
+        items = self.placed_items(pixels, sizes, pruning, masks, encoded_media, **tower)
         if not pruning.prunes and pruning.video_pooling and encoded_media is None:
             prompt |= self.stock_pixels(pixels, sizes) | tower
             outputs = self.run_language_model(
@@ -155,10 +152,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         question = self._question(
             pruning, embeds, is_question, input_ids, clip_input_ids, clip_attention_mask, word_input_ids
         )
-        if encoded_media is None:
-            self.encode_items(items, pixels, pruning, **tower)
-        else:
-            encoded_media.fill(items, embeds.device)
+        self.fill_items(items, pixels, pruning, encoded_media, embeds.device, **tower)
         self.prune_items(items, pruning, question)
         for kind, mask in masks.items():
             projected = self.project_items([item for item in items if item.kind == kind], pruning)
@@ -208,21 +202,15 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         pruning = self.pruning_of_call(keep_ratio, keep_tokens)
         pixels = {"image": pixel_values_images if pixel_values is None else pixel_values, "video": pixel_values_videos}
         sizes = MediaSizes(sizes_of_tiled(image_sizes, batch_num_images), image_grid_thw, video_grid_thw)
-        if encoded_media is not None:
-            self.check_encoded(encoded_media, pixels, sizes, pruning)
-        self.check_media(pixels, sizes)
         masks = self.placeholder_masks(input_ids)
         check_masks(masks["image"].shape, 0, attention_mask)
-        items = place_items(self.layouts_of(pixels, sizes, pruning, encoded_media), masks, pruning)
+        items = self.placed_items(pixels, sizes, pruning, masks, encoded_media)
         embeds = self.get_input_embeddings()(input_ids)
         is_question = question_mask(masks["image"] | masks["video"], attention_mask)
         question = self._question(
             pruning, embeds, is_question, input_ids, clip_input_ids, clip_attention_mask, word_input_ids
         )
-        if encoded_media is None:
-            self.encode_items(items, pixels, pruning)
-        else:
-            encoded_media.fill(items, embeds.device)
+        self.fill_items(items, pixels, pruning, encoded_media, embeds.device)
         self.prune_items(items, pruning, question, return_signals)
         return items
 

@@ -113,6 +113,13 @@ class MediaStagesMixin:
                 f"pixel_values hold {len(images)} images, but image_sizes {len(sizes.image_sizes)}; pass all that the processor returned."
             )
 
+    def placed_items(self, pixels: dict, sizes: MediaSizes, pruning, masks: dict, encoded=None, **tower) -> list:
+        """The checked `MediaItem`s of a prompt, from pixels or [`EncodedMedia`], with the rows that they are in."""
+        if encoded is not None:
+            self.check_encoded(encoded, pixels, sizes, pruning, **tower)
+        self.check_media(pixels, sizes)
+        return place_items(self.layouts_of(pixels, sizes, pruning, encoded), masks, pruning)
+
     def encoder_modules(self) -> list:
         """The modules whose weights decide what the encoder makes of media."""
         towers = [self.tower_of(kind)[0] for kind in self.layout_class.kinds]
@@ -197,6 +204,13 @@ class MediaStagesMixin:
             )
         signals = signals_of(pruning) if pruning.prunes else frozenset()
         encoded.check(encoder_identity(self, pruning, signals, **tower), signals)
+
+    def fill_items(self, items: list, pixels: dict, pruning, encoded, device, **tower) -> None:
+        """Fills in the sets of every `MediaItem` from [`EncodedMedia`], or by `encode_items` where there are none."""
+        if encoded is None:
+            self.encode_items(items, pixels, pruning, **tower)
+        else:
+            encoded.fill(items, device)
 
     # -- the three stages --------------------------------------------------------------------------------------------------
 

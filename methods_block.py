@@ -50,8 +50,8 @@ class PruningConfig:
         max_positions (`int`, *optional*): for `"scaled"`, the longest prompt that the checkpoint was trained with; `None` = the
             context of the language model, which is the most that is taken.
 
-    Of a key that may be `None` (the default of all that are *optional*, but for `keep_tokens`, `text_tower`, `max_positions` and `max_candidates`), `None` is
-    what the paper of the method has; `resolved` looks it up.
+    Of a key that may be `None` (the default of all that are *optional*, but for `keep_tokens`, `text_tower`, `max_positions` and
+    `max_candidates`), `None` is what the paper of the method has; `resolved` looks it up.
 
     Raises:
         ValueError: unknown key, a value out of range, or both `keep_ratio` and `keep_tokens`; the message names key, value and

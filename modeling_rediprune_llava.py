@@ -47,7 +47,7 @@ from .vision_tower import ClipTowerMixin
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
-    # names itself, so each of the three that `auto_map` names lists all that it rests on.
+    # names itself, so each of those that `auto_map` names lists all that it rests on.
     from .core_attention import MASKED_KERNELS  # noqa: F401
     from .core_cache import TokenRecord  # noqa: F401
     from .core_encoded import ENCODER_SIGNALS  # noqa: F401

@@ -40,7 +40,7 @@ from .core_processor import PrunedProcessorMixin
 
 if TYPE_CHECKING:
     # Imported by the files above. From a local folder, transformers 4.57 copies only the files that the file of the class
-    # names itself, so each of the three that `auto_map` names lists all that it rests on.
+    # names itself, so each of those that `auto_map` names lists all that it rests on.
     from .hub_files import PARTS  # noqa: F401
     from .hub_untrusted import CODE_KEYS  # noqa: F401
     from .hub_versions import TESTED  # noqa: F401
