@@ -2,7 +2,7 @@
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from . import REFUSED, SERVED
+from .families import REFUSED, SERVED
 from .repository import class_of, plain_config
 
 NAME = "rediprune"  # of the renderer, the tokenizer, the video loader and the loader of weights

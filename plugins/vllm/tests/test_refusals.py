@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 from families import FAMILIES
-from rediprune_vllm import REFUSED as REFUSED_FAMILIES
-from rediprune_vllm import SERVED
+from rediprune_vllm.families import REFUSED as REFUSED_FAMILIES
+from rediprune_vllm.families import SERVED
 
 REFUSED = {
     "video_pruning_rate": ({"video_pruning_rate": 0.5}, "'pruning' in config.json"),
