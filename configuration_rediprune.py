@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
     from .methods_distance import ReDiPrune  # noqa: F401
     from .methods_encoder import EvoPrune  # noqa: F401
+    from .methods_inner import FastV  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
     from .methods_still import STILL_WEIGHT  # noqa: F401
     from .methods_video import LEAST_SEGMENTS  # noqa: F401
+    from .ops_inner import rotated  # noqa: F401
     from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
     from .ops_relevance import RELEVANCES  # noqa: F401
     from .ops_selection import CANDIDATE_POOLS  # noqa: F401
@@ -316,6 +318,11 @@ class QwenConfigMixin(PrunedConfigMixin):
             raise ValueError(
                 f"pruning key 'positions' is {pruning.positions!r}, but positions of {cls.base_model_type!r} are the coordinates of a token "
                 "in its picture, which are never moved. Leave it at None, or set it to 'original'."
+            )
+        if pruning.inner_name is not None:
+            raise ValueError(
+                f"{pruning.inner_name!r} leaves visual tokens behind inside the language model, which works with positions of one number "
+                f"alone; those of {cls.base_model_type!r} have three. Choose a method that prunes before the language model."
             )
 
 

@@ -108,6 +108,27 @@ def let_kernel_take_bias(attention: str) -> None:
             AttentionInterface.register(attention, BiasedKernel(kernel))
 
 
+def weighed(attention: str, attention_mask, sizes, tokens: torch.Tensor, cache=None, cache_position=None) -> tuple:
+    """
+    What a pass over tokens (B, T, H) is given so that columns weigh as much as their sizes.
+
+    Args:
+        attention: the attention implementation.
+        attention_mask: as in `biased_mask`.
+        sizes: (B, n) fp32, how many tokens each of the first n stands for; `None` = one for all of them.
+
+    Returns:
+        the mask, and further arguments of the attention layers.
+    """
+    if sizes is None:
+        return attention_mask, {}
+    bias = sizes.to(tokens.device).clamp_min(1).log()
+    if takes_masks(attention):
+        return biased_mask(attention_mask, bias, tokens, cache, cache_position), {}
+    let_kernel_take_bias(attention)
+    return attention_mask, {"key_bias": bias}
+
+
 def check_attention(config, pruning) -> None:
     """Raises ValueError where the attention of the language model cannot do what the pruning block of a call asks for."""
     text_config = config.text_config

@@ -9,6 +9,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .core_cache import TokenRecord, cached_tokens, one_cache
 from .core_encoded import EncodedMedia
+from .core_inner import InnerCall, inner_numbers
 from .core_items import MediaSizes, tokens_by_place
 from .core_language import LanguageForwardMixin
 from .core_layout import sizes_of_tiled
@@ -26,6 +27,8 @@ class KeptIndices:
     Attributes:
         image_kept_indices: for each image one LongTensor (k,).
         video_kept_indices: for each video one LongTensor (k,).
+        inner_kept_indices: for each prompt one LongTensor (k,), the places in it of the visual tokens that the last layer of the
+            language model was reached by; `None` where all tokens reach it.
 
     Indices count in raster order through all frames of a video, or through an image's views (`Layout`); those of a merged token
     are of the token whose place it takes. Of tokens merged inside the vision encoder they may repeat where pooling makes the
@@ -35,6 +38,7 @@ class KeptIndices:
 
     image_kept_indices: Optional[tuple] = None
     video_kept_indices: Optional[tuple] = None
+    inner_kept_indices: Optional[tuple] = None
 
 
 class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
@@ -136,7 +140,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         masks = self.placeholder_masks(**prompt)
         check_masks(masks["image"].shape, cached_tokens(cache), attention_mask, query_mask)
         items = self.placed_items(pixels, sizes, pruning, masks, encoded_media, **tower)
-        if not pruning.prunes and pruning.video_pooling and encoded_media is None:
+        if not pruning.drops_tokens and pruning.video_pooling and encoded_media is None:
             prompt |= self.stock_pixels(pixels, sizes) | tower
             outputs = self.run_language_model(
                 prompt,
@@ -165,7 +169,13 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
             sizes = tokens_by_place(items, masks, "token_sizes", 1.0)
             record = TokenRecord(sizes, torch.zeros_like(sizes) if record is None else record.skipped)
         prompt = {"inputs_embeds": embeds, **self.companions_by_place(items, masks)}
-        outputs = self.run_language_model(prompt, attention_mask, position_ids, stock, record, shift)
+        inner = None
+        if pruning.inner is not None:
+            is_visual = (masks["image"] | masks["video"]).to(embeds.device)
+            inner = InnerCall(
+                pruning, is_visual, is_question.to(embeds.device), inner_numbers(items, is_visual, pruning)
+            )
+        outputs = self.run_language_model(prompt, attention_mask, position_ids, stock, record, shift, inner)
         kept = {kind: tuple(item.kept for item in items if item.kind == kind) or None for kind in masks}
         return self.output_class(**outputs, image_kept_indices=kept["image"], video_kept_indices=kept["video"])
 

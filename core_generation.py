@@ -87,7 +87,7 @@ class PrunedGenerationMixin:
         if all(model_kwargs.get(name) is None for name in PIXEL_NAMES):
             return False
         pruning = self.pruning_of_call(model_kwargs.get("keep_ratio"), model_kwargs.get("keep_tokens"))
-        if pruning.prunes or not pruning.video_pooling:
+        if pruning.drops_tokens or not pruning.video_pooling:
             raise ValueError(
                 f"prefill_chunk_size={size} was given, but the media of this prompt are pruned by the question, which a chunk "
                 "does not hold; pass prefill_chunk_size=None, or keep_ratio=1 to the processor."

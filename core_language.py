@@ -5,8 +5,9 @@ from inspect import signature
 
 import torch
 
-from .core_attention import biased_mask, let_kernel_take_bias, takes_masks
+from .core_attention import let_kernel_take_bias, takes_masks, weighed
 from .core_cache import TokenRecord, all_sizes, cached_tokens, read_record, write_record
+from .core_inner import check_two_part_call, dynamic_cache, read_inner, two_part_forward
 from .core_layout import images_of_prompts
 from .core_positions import context_length, room_for_gaps, shrunk_columns, unpruned_columns, warn_beyond_context
 from .hub_versions import CACHE_NAME
@@ -59,7 +60,7 @@ class LanguageForwardMixin:
         """The forward pass of the stock class."""
         return super().forward(**inputs, return_dict=True)
 
-    def run_language_model(self, prompt, attention_mask, position_ids, stock, record=None, shift=None):
+    def run_language_model(self, prompt, attention_mask, position_ids, stock, record=None, shift=None, inner=None):
         """
         The stock forward pass, at the positions and with the token sizes that are recorded in the cache and in `record`.
 
@@ -68,6 +69,7 @@ class LanguageForwardMixin:
             stock: the other arguments of the stock forward pass.
             record: the `TokenRecord` of the prompt; `None` = nothing was skipped in it, and each token stands for itself.
             shift: that of `place_in_unpruned`; `None` = no token is moved.
+            inner: the [`InnerCall`] of a prompt that visual tokens leave inside the language model.
         """
         cache, places = stock[CACHE_NAME], stock.get("cache_position")
         num_layers = self.config.text_config.num_hidden_layers
@@ -84,22 +86,70 @@ class LanguageForwardMixin:
             moved = before if moved is None else moved + before
         position_ids = self.positions_of(tokens, position_ids, moved, cache, attention_mask)
         sizes = all_sizes(cached, record, num_cached)
-        bias = None if sizes is None else sizes.to(tokens.device).clamp_min(1).log()
-        attention = self.config.text_config._attn_implementation
-        if takes_masks(attention):
-            if bias is not None:
-                embeds = tokens if tokens.is_floating_point() else self.get_input_embeddings()(tokens)
-                attention_mask = biased_mask(attention_mask, bias, embeds, cache, places)
-        elif cached is not None or record is not None:
-            let_kernel_take_bias(attention)
-            stock = {**stock, "key_bias": tokens.new_empty(0) if bias is None else bias}
-        outputs = self.stock_forward(**prompt, attention_mask=attention_mask, position_ids=position_ids, **stock)
+        if inner is not None or read_inner(cache, num_layers) is not None:
+            outputs = self.two_part_forward(prompt, attention_mask, position_ids, stock, sizes, record, inner)
+        else:
+            attention = self.config.text_config._attn_implementation
+            embeds = tokens
+            if sizes is not None and not tokens.is_floating_point():
+                embeds = self.get_input_embeddings()(tokens)
+            attention_mask, extra = weighed(attention, attention_mask, sizes, embeds, cache, places)
+            if not takes_masks(attention) and sizes is None and (cached is not None or record is not None):
+                let_kernel_take_bias(attention)  # which hides the gaps between positions from it
+                extra = {"key_bias": tokens.new_empty(0)}
+            stock = {**stock, **extra}
+            outputs = self.stock_forward(**prompt, attention_mask=attention_mask, position_ids=position_ids, **stock)
         cache = outputs.get(CACHE_NAME) if cache is None else cache
         if cache is not None and (cached is not None or record is not None):
             if record is None:
                 record = TokenRecord(None, torch.zeros(tokens.shape[:2], dtype=torch.float32, device=tokens.device))
             write_record(cache, num_layers, record, num_cached)
         return outputs
+
+    def two_part_forward(self, prompt, attention_mask, position_ids, stock, sizes, record, inner) -> dict:
+        """
+        As `stock_forward`, where fewer tokens reach the later layers: their logits and losses are of those alone.
+
+        Args:
+            sizes: (B, n) fp32, how many tokens each of the cache and of the prompt stands for, or `None`.
+            record, inner: as in `run_language_model`.
+
+        Raises:
+            ValueError: the call asks for what needs all tokens in all layers, or for another cache than a `DynamicCache`.
+        """
+        config, language_model = self.config.text_config, self.model.language_model
+        labels, logits_to_keep, cache = stock["labels"], stock["logits_to_keep"], stock[CACHE_NAME]
+        check_two_part_call(language_model, attention_mask, stock)
+        embeds = prompt.get("inputs_embeds")
+        embeds = self.get_input_embeddings()(prompt["input_ids"]) if embeds is None else embeds
+        cache = dynamic_cache(cache, config)
+        if position_ids is None:
+            position_ids = torch.arange(embeds.shape[1], device=embeds.device)[None] + cached_tokens(cache)
+        position_ids = position_ids.to(embeds.device).expand(len(embeds), -1)
+        collected = [] if stock.get("output_hidden_states") else None
+        new_sizes = None if record is None else record.sizes
+        states, places, is_there = two_part_forward(
+            language_model,
+            embeds,
+            position_ids,
+            cache,
+            attention_mask,
+            sizes,
+            new_sizes,
+            inner,
+            self.sum_of_heads,
+            collected,
+        )
+        logits, loss = self.lm_head(states[:, -logits_to_keep:]), None
+        if labels is not None:
+            labels = labels.to(places.device).gather(1, places)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size)
+        outputs = {"loss": loss, "logits": logits, "hidden_states": None if collected is None else tuple(collected)}
+        if inner is not None:
+            is_kept = is_there & inner.is_visual.gather(1, places)
+            outputs["inner_kept_indices"] = tuple(row[kept] for row, kept in zip(places, is_kept))
+        use_cache = config.use_cache if stock.get("use_cache") is None else stock["use_cache"]
+        return {**outputs, CACHE_NAME: cache} if use_cache else outputs
 
     def scaled_columns(self, columns, skipped, attention_mask, cache, max_positions) -> tuple:
         """`unpruned_columns` (B, T) of a prompt, shrunk where they leave `max_positions` or the context of the language model."""

@@ -8,6 +8,7 @@ from .configuration_rediprune import PruningConfig
 from .core_attention import check_attention
 from .core_cache import cached_tokens
 from .core_encoded import EncodedMedia, encoder_identity, freeze, signals_of
+from .core_inner import check_inner
 from .core_items import MediaItem, MediaSizes, check_pixels, place_items
 from .core_layout import FrameSize, sizes_of_tiled
 from .core_pruner import Pruner
@@ -73,15 +74,17 @@ class MediaStagesMixin:
         pruning = self.config.pruning.with_budget(
             _one_value("keep_ratio", keep_ratio), _one_value("keep_tokens", keep_tokens)
         )
-        if not pruning.prunes:
+        if not pruning.drops_tokens:
             return pruning
         self.config.check_method(pruning)
         check_attention(self.config, pruning)
+        if pruning.inner is not None:
+            check_inner(self.config, pruning)
         return pruning
 
     def refuse_projected(self, mm_encoder_outputs, pruning) -> None:
         """Refuses what 5.x lets a call pass instead of pixels, where something is pruned."""
-        if mm_encoder_outputs and pruning.prunes:
+        if mm_encoder_outputs and pruning.drops_tokens:
             raise ValueError(
                 "mm_encoder_outputs hold all tokens of their media, projected already, so that they cannot be pruned: pass pixels, "
                 "or as encoded_media= what model.encode_media(...) returns, or keep_ratio=1."
@@ -265,11 +268,18 @@ class MediaStagesMixin:
     def largest_of_heads(self, values: torch.Tensor) -> torch.Tensor:
         """Of values that are the largest of the heads of this process, the largest of all: tensor parallelism shares out the
         heads, and every process has to keep the same tokens."""
+        return self._over_heads(values, "MAX")
+
+    def sum_of_heads(self, values: torch.Tensor) -> torch.Tensor:
+        """The same for values that are sums over heads."""
+        return self._over_heads(values, "SUM")
+
+    def _over_heads(self, values, operation: str):
         mesh = getattr(self, "_device_mesh", None)  # set by transformers; 4.57 does not name its one dimension
         names = None if mesh is None else mesh.mesh_dim_names or ("tp",)
         if names and "tp" in names:
             group = mesh.get_group(names.index("tp"))
-            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=group)
+            torch.distributed.all_reduce(values, getattr(torch.distributed.ReduceOp, operation), group=group)
         return values
 
 

@@ -11,6 +11,8 @@ from inspect import signature
 import torch
 import transformers
 from transformers import modeling_outputs
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.processing_utils import ProcessorMixin
 
@@ -38,6 +40,12 @@ TRANSFORMERS_4 = not hasattr(ProcessorMixin, "_process_videos")
 # Reason: 5.24 renamed the cache, in arguments and outputs alike, from `past_key_values`.
 # Until: 5.24 is the oldest supported version; then it is "cache".
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+# Versions: 4.57 and early 5.x.
+# Reason: there a cache is cropped to a length, which may be 0; later it is told how many tokens to take back, as a negative number.
+# Until: the oldest supported version takes the number.
+CROPS_TO_LENGTH = "max_length" in signature(DynamicLayer.crop).parameters
 
 
 def loading_options(model_type: str, stock_model_type: str, stock_class) -> dict:
@@ -104,6 +112,24 @@ def no_masks(layer) -> tuple:
     # Reason: its layers take a causal mask beside the mask of padding.
     # Until: 4.57 is no longer supported; then it is one `None`.
     return (None,) * len({"attention_mask", "causal_attention_mask"} & set(signature(layer.forward).parameters))
+
+
+def causal_mask(config, states, attention_mask, cache, position_ids):
+    """What the layers of a decoder mask, in the form that its attention takes; see `create_causal_mask`."""
+    # Versions: 4.57 calls the states by another name, and asks for the places of the new tokens in the cache.
+    # Reason: later versions find these by themselves.
+    # Until: 4.57 is no longer supported.
+    names = signature(create_causal_mask).parameters
+    given = {
+        "config": config,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        CACHE_NAME: cache,
+        "inputs_embeds" if "inputs_embeds" in names else "input_embeds": states,
+    }
+    if "cache_position" in names:
+        given["cache_position"] = torch.arange(states.shape[1], device=states.device) + cache.get_seq_length()
+    return create_causal_mask(**given)
 
 
 def layer_states(output):

@@ -1,4 +1,4 @@
-"""The base of the pruning methods: the signals of visual tokens, the count, the parameters and the result."""
+"""The bases of the pruning methods, before the language model and inside it: signals, counts, parameters and results."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -78,6 +78,7 @@ class Method:
         parameters: the keys of the pruning block that are this method's own, each with its `Setting` and, below it, its line in
             the docstring of the class.
         relevance_with_tower: `relevance` where the configuration names a `text_tower`; `None` = the same.
+        inner: a key of `INNER_METHODS`, where it is that stage alone; `None` = it works before the language model.
         after_projector: whether the method works behind the projector: then `features` are the projected tokens, and what it
             returns goes on as it is.
 
@@ -87,6 +88,7 @@ class Method:
 
     required_signals = frozenset()
     parameters = {}
+    inner = None
     after_projector = False
 
     relevance = "pooled"
@@ -142,3 +144,54 @@ class Method:
         """
         kept = self.select(tokens, num_kept, pruning)
         return gather_tokens(tokens.features, kept), kept
+
+
+@dataclass
+class InnerTokens:
+    """
+    What a method is shown of the N visual tokens and the T tokens of the question behind them, of one prompt.
+
+    Only the states are always there; the rest where the method's `required_signals` ask for it.
+
+    Attributes:
+        states: (N, H) that enter the layer.
+        attention: (N,) fp32, what the last token of the question attends to in the layer before, mean over heads, of all tokens
+            of the prompt.
+        norms, text_norms: (N,) and (T,) fp32, the sum of the magnitudes of the rotated keys of the layer before.
+        final_states, text_states: (N, H) and (T, H), those that enter the layer, behind the norm of the last layer.
+    """
+
+    states: torch.Tensor
+    attention: Optional[torch.Tensor] = None
+    norms: Optional[torch.Tensor] = None
+    text_norms: Optional[torch.Tensor] = None
+    final_states: Optional[torch.Tensor] = None
+    text_states: Optional[torch.Tensor] = None
+
+
+class InnerMethod:
+    """
+    Base of what leaves visual tokens behind inside the language model: a value of `pruning.inner_method`.
+
+    Attributes:
+        required_signals: the fields of `InnerTokens`, beside the states, that must be there.
+        parameters: as in `Method`.
+        takes_ratio: whether it needs a budget.
+    """
+
+    required_signals = frozenset()
+    parameters = {}
+    takes_ratio = True
+
+    def first_layer(self, num_layers: int) -> int:
+        """The first layer, of `num_layers`, that the others do not reach, where `inner_layer` is open: that of the paper."""
+        return 2
+
+    def select(self, tokens: InnerTokens, num_kept: int, pruning) -> torch.LongTensor:
+        """Indices (num_kept,), ascending."""
+        raise NotImplementedError
+
+    def reduce(self, tokens: InnerTokens, num_kept: int, pruning) -> tuple:
+        """The indices, and the states (num_kept, H) with which these tokens go on."""
+        kept = self.select(tokens, num_kept, pruning)
+        return kept, tokens.states[kept]

@@ -3,7 +3,7 @@
 import difflib
 from typing import Optional
 
-from .methods_registry import METHODS
+from .methods_registry import INNER_METHODS, METHODS
 from .methods_settings import collect_settings
 from .ops_selection import count_kept
 
@@ -49,9 +49,15 @@ class PruningConfig:
             where that prompt is longer than `max_positions`, the gaps are shrunk until it fits.
         max_positions (`int`, *optional*): for `"scaled"`, the longest prompt that the checkpoint was trained with; `None` = the
             context of the language model, which is the most that is taken.
+        inner_method (`str`, *optional*): a second stage, which leaves visual tokens behind inside the language model; a key of
+            `INNER_METHODS` in `methods_registry.py`. `None` = none, or what `method` says: `"fastv"`, `"vtw"` and `"dart"` there are
+            that stage alone.
+        inner_layer (`int`, *optional*): the first layer that they do not reach, counted from 0.
+        inner_keep_ratio (`float`, *optional*): share of the visual tokens of the unpruned prompt that goes on there, in (0, 1].
+            `"vtw"` has none.
 
-    Of a key that may be `None` (the default of all that are *optional*, but for `keep_tokens`, `text_tower`, `max_positions` and
-    `max_candidates`), `None` is what the paper of the method has; `resolved` looks it up.
+    Of a key that may be `None` (the default of all that are *optional*, but for `keep_tokens`, `text_tower`, `max_positions`,
+    `max_candidates`, `inner_method` and `inner_keep_ratio`), `None` is what the paper of the method has; `resolved` looks it up.
 
     Raises:
         ValueError: unknown key, a value out of range, or both `keep_ratio` and `keep_tokens`; the message names key, value and
@@ -95,7 +101,7 @@ class PruningConfig:
     @staticmethod
     def settings() -> dict:
         """The [`Setting`] of every key."""
-        return collect_settings(METHODS)
+        return collect_settings(METHODS, INNER_METHODS)
 
     @classmethod
     def _check_keys(cls, keys):
@@ -120,6 +126,7 @@ class PruningConfig:
                 "pruning key 'relevance' is 'clip', but text_tower is None; set text_tower to a CLIP checkpoint, such as "
                 "'openai/clip-vit-large-patch14-336', or choose another relevance"
             )
+        _check_inner(values)
         if METHODS[values["method"]].merges_in_encoder:
             for key in ("scope", "proportional_attention", "merge_weight"):
                 if values[key] not in (None, "frame", False, 0):
@@ -154,8 +161,42 @@ class PruningConfig:
 
     @property
     def prunes(self) -> bool:
-        """Whether any token can be dropped."""
-        return self.method != "none" and (self.keep_ratio is None or self.keep_ratio < 1)
+        """Whether any token can be dropped before the language model."""
+        return self.method != "none" and not self._is_inside and self._drops
+
+    @property
+    def drops_tokens(self) -> bool:
+        """Whether any token can be dropped, before the language model or inside it."""
+        return self.prunes or self.inner is not None
+
+    @property
+    def _drops(self) -> bool:
+        return self.keep_ratio is None or self.keep_ratio < 1
+
+    @property
+    def _is_inside(self) -> bool:
+        return METHODS[self.method].inner is not None
+
+    @property
+    def inner_name(self) -> Optional[str]:
+        """The stage inside the language model, a key of `INNER_METHODS`, whether or not its budget leaves it anything to do."""
+        return METHODS[self.method].inner if self._is_inside else self.inner_method
+
+    @property
+    def inner(self) -> Optional[str]:
+        """The stage inside the language model that drops tokens, a key of `INNER_METHODS`; `None` = nothing is dropped there."""
+        keeps_all = not self._drops if self._is_inside else self.inner_keep_ratio == 1
+        return None if keeps_all else self.inner_name
+
+    def first_inner_layer(self, num_layers: int) -> int:
+        """The first layer, of so many, that the other tokens do not reach."""
+        return INNER_METHODS[self.inner_name].first_layer(num_layers) if self.inner_layer is None else self.inner_layer
+
+    def inner_count(self, num_unpruned: int) -> int:
+        """How many visual tokens of a prompt, which would have `num_unpruned` without pruning, go on inside the language model."""
+        if num_unpruned == 0 or not INNER_METHODS[self.inner_name].takes_ratio:
+            return 0
+        return self.nominal(num_unpruned) if self._is_inside else count_kept(num_unpruned, self.inner_keep_ratio)
 
     @property
     def budget(self) -> str:
@@ -214,3 +255,22 @@ class PruningConfig:
 
     def to_dict(self) -> dict:
         return dict(vars(self))
+
+
+def _check_inner(values: dict) -> None:
+    """Raises ValueError where the keys of the stage inside the language model exclude one another."""
+    method, inner, ratio = (values[key] for key in ("method", "inner_method", "inner_keep_ratio"))
+    if METHODS[method].inner is not None:
+        given = {key: values[key] for key in ("inner_method", "inner_keep_ratio") if values[key] is not None}
+        if given:
+            raise ValueError(
+                f"method={method!r} is itself a stage inside the language model, with keep_ratio or keep_tokens as its budget, but "
+                f"{given} was given beside it; leave these out, or set method to what prunes before the language model ('none')"
+            )
+    elif inner is None:
+        given = {key: values[key] for key in ("inner_layer", "inner_keep_ratio") if values[key] is not None}
+        if given:
+            raise ValueError(f"pruning keys {given} are of inner_method, which is None; set it, or leave these out")
+    elif (ratio is None) == INNER_METHODS[inner].takes_ratio:
+        remedy = "set it to a share in (0, 1]" if ratio is None else "leave it out: no visual token goes on there"
+        raise ValueError(f"pruning key inner_keep_ratio is {ratio!r} with inner_method={inner!r}; {remedy}")

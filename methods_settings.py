@@ -50,7 +50,7 @@ def number(default: Optional[float], least: float, most: float, expected: Option
     return Setting(default, accepts, expected or f"a number in [{least}, {most}]", float)
 
 
-def share(default: float) -> Setting:
+def share(default: Optional[float]) -> Setting:
     """A number in (0, 1], kept as a `float`."""
     return Setting(default, lambda value: _is_number(value) and 0 < value <= 1, "a number in (0, 1]", float)
 
@@ -111,14 +111,17 @@ SHARED = {
     "positions": choice(None, ("compact", "original", "scaled")),
     "max_positions": integer(None, 1),
 }
+# Of the stage inside the language model, beside `inner_method`.
+INNER = {"inner_layer": integer(None, 1), "inner_keep_ratio": share(None)}
 
 
-def collect_settings(methods: dict) -> dict:
+def collect_settings(methods: dict, inner_methods: dict) -> dict:
     """
-    All keys of the pruning block: `method`, the shared ones, and those that methods declare as their `parameters`.
+    All keys of the pruning block: `method`, `inner_method`, the shared ones, and those that methods declare as their `parameters`.
 
     Args:
         methods: from name to `Method`.
+        inner_methods: from name to `InnerMethod`.
 
     Returns:
         `dict` of key -> [`Setting`].
@@ -126,8 +129,13 @@ def collect_settings(methods: dict) -> dict:
     Raises:
         ValueError: two methods declare different settings of one key, or a method one of a shared key.
     """
-    settings = {"method": choice(DEFAULT_METHOD, methods), **SHARED}
-    for name, method in methods.items():
+    settings = {
+        "method": choice(DEFAULT_METHOD, methods),
+        **SHARED,
+        "inner_method": choice(None, inner_methods),
+        **INNER,
+    }
+    for name, method in (*inner_methods.items(), *methods.items()):
         for key, setting in method.parameters.items():
             if settings.setdefault(key, setting) is not setting:
                 raise ValueError(

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .core_attention import MASKED_KERNELS  # noqa: F401
     from .core_cache import TokenRecord  # noqa: F401
     from .core_encoded import ENCODER_SIGNALS  # noqa: F401
+    from .core_inner import InnerCall  # noqa: F401
     from .core_items import MediaSizes  # noqa: F401
     from .core_language import LanguageForwardMixin  # noqa: F401
     from .core_media import MediaStagesMixin  # noqa: F401
@@ -69,11 +70,13 @@ if TYPE_CHECKING:
     from .methods_coverage import VISION_TEMPERATURE  # noqa: F401
     from .methods_distance import ReDiPrune  # noqa: F401
     from .methods_encoder import EvoPrune  # noqa: F401
+    from .methods_inner import FastV  # noqa: F401
     from .methods_registry import METHODS  # noqa: F401
     from .methods_relevance import SPENT  # noqa: F401
     from .methods_settings import DEFAULT_METHOD  # noqa: F401
     from .methods_still import STILL_WEIGHT  # noqa: F401
     from .methods_video import LEAST_SEGMENTS  # noqa: F401
+    from .ops_inner import rotated  # noqa: F401
     from .ops_merging import DIVERSITY_WEIGHT  # noqa: F401
     from .ops_query import QUERY_WEIGHTINGS  # noqa: F401
     from .ops_relevance import RELEVANCES  # noqa: F401

@@ -306,13 +306,17 @@ def configuration_of_variant(config: dict):
 def describe_pruning(pruning: dict) -> str:
     """What stays, and by which rule: the method's own count, which is not the keep ratio for each of them, and its own words."""
     block = configuration.PruningConfig.from_value(pruning)
-    method = configuration.METHODS[block.method]
     kept = (
         f"Of every {CARD_TOKENS} of them {block.count(CARD_TOKENS)} stay"
         if block.prunes
         else "As it stands, all of them stay"
     )
-    rule = " ".join(inspect.getdoc(type(method)).partition("\n\n")[0].split())
+    if block.inner is not None:
+        kept = "All of them enter the language model" if not block.prunes else kept
+        kept += f", and {block.inner_count(CARD_TOKENS)} of {CARD_TOKENS} reach its later layers (`{block.inner}`)"
+    method, registry = configuration.METHODS[block.method], code_module("methods_registry")
+    unit = method if method.inner is None else registry.INNER_METHODS[method.inner]
+    rule = " ".join(inspect.getdoc(type(unit)).partition("\n\n")[0].split())
     return f"{kept} (`{block.budget}`, method `{block.method}`). The method: {rule}"
 
 

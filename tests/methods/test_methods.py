@@ -57,6 +57,9 @@ OWN = {
     "holitom": {"scope": "video"},
     "prunevid": {"scope": "video"},
     "random": {},
+    "fastv": {},
+    "vtw": {},
+    "dart": {},
     "uniform": {},
     "downsample": {},
     "none": {},
@@ -79,6 +82,9 @@ REQUIRED_SIGNALS = {
     "flashvid": {"last_attention"},
     "holitom": {"last_attention"},
     "prunevid": set(),
+    "fastv": set(),
+    "vtw": set(),
+    "dart": set(),
     "random": {"seeds"},
     "uniform": set(),
     "downsample": set(),
@@ -114,7 +120,9 @@ CONSTANTS = {
 }
 
 # Every method that works on what the vision tower gives; those that work inside it are in test_evoprune.py.
-REDUCING = [name for name, method in METHODS.items() if name != "none" and not method.merges_in_encoder]
+REDUCING = [
+    name for name, method in METHODS.items() if name != "none" and method.inner is None and not method.merges_in_encoder
+]
 
 
 def test_every_methods_own_values():

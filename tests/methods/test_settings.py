@@ -10,8 +10,8 @@ from places import ROOT
 from rediprune.configuration_rediprune import PruningConfig, ReDiPruneConfig
 from rediprune.methods_base import Method
 from rediprune.methods_distance import ReDiPrune
-from rediprune.methods_registry import METHODS
-from rediprune.methods_settings import SHARED, choice, collect_settings, integer, number
+from rediprune.methods_registry import INNER_METHODS, METHODS
+from rediprune.methods_settings import INNER, SHARED, choice, collect_settings, integer, number
 
 
 class Every(Method):
@@ -78,15 +78,15 @@ def test_one_key_of_two_methods_is_one_setting():
     class Shared(Method):
         parameters = {"scope": choice(None, ("clip",))}
 
-    assert collect_settings({"rediprune": ReDiPrune(), "again": Again()})["alpha"] is ReDiPrune.parameters["alpha"]
+    assert collect_settings({"rediprune": ReDiPrune(), "again": Again()}, {})["alpha"] is ReDiPrune.parameters["alpha"]
     for method, key in ((Other(), "alpha"), (Shared(), "scope")):
         with pytest.raises(
             ValueError, match=f"method 'new' declares .* of its own for pruning key '{key}'.*take that one"
         ):
-            collect_settings({"rediprune": ReDiPrune(), "new": method})
+            collect_settings({"rediprune": ReDiPrune(), "new": method}, {})
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("method", [*METHODS.values(), *INNER_METHODS.values()], ids=[*METHODS, *INNER_METHODS])
 def test_a_class_documents_its_parameters(method):
     for cls in type(method).__mro__:
         own = cls.__dict__.get("parameters", {}).keys() - getattr(cls.__base__, "parameters", {}).keys()
@@ -96,7 +96,7 @@ def test_a_class_documents_its_parameters(method):
 
 def test_the_block_documents_the_shared_keys():
     documented = re.findall(r"^        (\w+) \(`\w+`, .*\): \S", PruningConfig.__doc__, re.MULTILINE)
-    assert documented == ["method", *SHARED]
+    assert documented == ["method", *SHARED, "inner_method", *INNER]
 
 
 def test_the_table_of_keys_is_that_of_the_code():
@@ -107,7 +107,8 @@ def test_the_table_of_keys_is_that_of_the_code():
     found = {key.strip("`"): (json.loads(default.strip("`")), names) for key, default, names, *_ in rows}
     expected = {}
     for key, setting in PruningConfig.settings().items():
-        names = [f"`{name}`" for name, method in METHODS.items() if key in method.parameters]
+        units = [*METHODS.items(), *INNER_METHODS.items()]
+        names = [f"`{name}`" for name, method in units if key in method.parameters]
         expected[key] = (setting.default, ", ".join(names) or "all")
     assert found == expected
 

@@ -11,7 +11,7 @@ from rediprune.methods_registry import METHODS
 from tiny import PATCHES, POOLED, random_video, save_clip, tiny_model, tiny_processor
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-SINGLE = [name for name, method in METHODS.items() if not method.merges_in_encoder]
+SINGLE = [name for name, method in METHODS.items() if not method.merges_in_encoder and method.inner is None]
 QUESTION, OTHER = "USER : <video> which way does it move ?", "USER : <video> how many ? red"
 MEDIA = ("batch_num_images", "pixel_values", "image_", "video_", "second_per", "mm_token")
 GENERATE = {"max_new_tokens": 3, "do_sample": False}

@@ -84,6 +84,11 @@ class PrunedConfig(VerifyAndUpdateConfig):
             "it has not been tried with pruned tokens",
         )
         pruning = _pruning(model_config)
+        if pruning.inner is not None:
+            raise ValueError(
+                f"{pruning.inner!r} leaves visual tokens behind inside the language model, but here all layers share the places of "
+                "one cache. Set pruning.method to one that prunes before the language model, and pruning.inner_method to null."
+            )
         if pruning.prunes and pruning.resolved("proportional_attention"):
             refuse(
                 {
