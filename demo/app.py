@@ -163,7 +163,7 @@ def launch_options() -> dict:
     }
 
 
-def parse_arguments(arguments=None):
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.set_defaults(model=os.environ.get("MODEL_ID", str(HOME)))
@@ -174,7 +174,7 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--at-once", type=int, default=2, help="visitors who are answered at once (default: %(default)s)"
     )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     if args.model == str(HOME) and not (HOME / "config.json").exists():
         parser.error(
             "there is no checkpoint beside the demo: name one with --model, on a Space with the variable MODEL_ID"
@@ -182,8 +182,8 @@ def parse_arguments(arguments=None):
     return args
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     page = build(Engine(*load(args)))
     page.queue(max_size=32, default_concurrency_limit=args.at_once)
     page.launch(server_name=args.host, server_port=args.port, **launch_options())

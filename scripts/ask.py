@@ -21,7 +21,7 @@ from repository import StageTimer, add_model_arguments, at_least_one, environmen
 STAGES = ("reading the media", "vision encoder", "selection", "projector", "prefill", "decode")
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_media_arguments(parser)
     parser.add_argument("--question")
@@ -46,7 +46,7 @@ def parse_arguments():
     parser.add_argument("--overlay", help="picture of the frames, kept patches bright and the rest dimmed (.png, .jpg)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.question is None and not args.chat:
         fail("--question is missing; --chat alone reads questions from the standard input")
     if args.chat and (args.compare or args.overlay):
@@ -168,8 +168,8 @@ def print_report(args, results: dict) -> None:
     )
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     pruning = {
         key: getattr(args, key) for key in ("keep_ratio", "keep_tokens", "method") if getattr(args, key) is not None
     }

@@ -21,8 +21,6 @@ import argparse
 import itertools
 import json
 import os
-import shlex
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -42,6 +40,7 @@ from repository import (
     json_or_string,
     load,
     output_prefix,
+    recorded_command,
     use_device,
     write_results,
 )
@@ -54,7 +53,7 @@ FIRST_WORD = 10  # random words come after the special tokens of the vocabularie
 TEXT_BEFORE = 20  # of the words of a prompt, so many stand before the video; the rest is the question
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="where results go: OUTPUT.json, OUTPUT.md, with --plots OUTPUT-*.png")
     parser.add_argument("--shape", help=f"random weights in a true size instead of --model: {', '.join(SHAPES)}")
@@ -80,8 +79,9 @@ def parse_arguments():
     parser.add_argument("--plots", action="store_true", help="also draw plots (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_arguments(args)
+    args.command = recorded_command(__file__, argv)
     return args
 
 
@@ -335,7 +335,7 @@ def benchmark_model(args) -> dict:
     layers = model.config.text_config.num_hidden_layers, vision_layers
     report = {
         "kind": "model",
-        "command": command_line(),
+        "command": args.command,
         "model": title,
         "medium": "video" if model.config.takes_videos else "image",
         "layers": {
@@ -358,10 +358,6 @@ def benchmark_model(args) -> dict:
     return {**report, "summary": summarise(report)}
 
 
-def command_line() -> str:
-    return "python scripts/benchmark.py " + shlex.join(sys.argv[1:])
-
-
 def read_results(path) -> dict:
     """A report of an earlier run."""
     try:
@@ -382,11 +378,11 @@ def write_report(report: dict, args) -> None:
         write_results(args.output, {f"-{name}.png": picture for name, picture in draw(report).items()})
 
 
-def main():
+def main(argv=None):
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "99"
     )  # torch's profiler tells of itself, and of GPUs that are not there, else
-    args = parse_arguments()
+    args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     start = time.time()
     if args.source:
@@ -395,7 +391,7 @@ def main():
         from benchmarking.selection import benchmark_selection
 
         use_device(args)
-        report = {"kind": "selection", "command": command_line(), **benchmark_selection(args)}
+        report = {"kind": "selection", "command": args.command, **benchmark_selection(args)}
     else:
         report = benchmark_model(args)
     if not args.source:

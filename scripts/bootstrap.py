@@ -136,7 +136,7 @@ def prepare(directory, transformers_version=None, more=None):
     return interpreter(top)
 
 
-def parse_arguments(arguments=None):
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformers", metavar="VERSION", help="default: the newest that requirements.txt allows")
     parser.add_argument(
@@ -145,13 +145,13 @@ def parse_arguments(arguments=None):
     parser.add_argument("--envs", metavar="DIR", type=Path, default=ROOT / ".venv", help="default: %(default)s")
     parser.add_argument("command", choices=["ask", "test", "python"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to the command as they are")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
-def main():
+def main(argv=None):
     if sys.version_info < (3, 10):
         sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}")
-    options = parse_arguments()
+    options = parse_arguments(argv)
     try:
         python = prepare(options.envs.resolve(), options.transformers, options.more)
     except (BootstrapError, OSError) as error:

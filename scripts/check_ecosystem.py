@@ -112,7 +112,7 @@ def measured_with(rows: dict) -> str:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where the tables go: OUTPUT.json, OUTPUT.md")
     parser.add_argument("--model", default=str(ROOT), help="folder of a variant (default: this repository)")
@@ -125,7 +125,7 @@ def parse_arguments():
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
     parser.add_argument("--method", help="another pruning method than that of config.json; a table of its own")
     parser.add_argument("--show", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.show:
         args.output = output_prefix(args.output)
         read_record(args.output)
@@ -166,8 +166,8 @@ def add_rows(output: Path, title: str, rows: dict) -> None:
     write_results(output, {".json": json.dumps(record, indent=2) + "\n", ".md": as_document(record, old)})
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     if args.show:

@@ -23,12 +23,12 @@ untrusted = code_module("hub_untrusted")
 QUESTION = "What is this?"
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", help="folder or Hub id")
     parser.add_argument("--base", required=True, help="folder or Hub id of the stock checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def prepare(processor, keep_ratio=None) -> dict:
@@ -81,8 +81,8 @@ def stock_classes(model_type) -> list:
     return [next(filter(is_stock, own.__mro__)) for own in (own_config, own_model)]
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     try:
         processor = transformers.AutoProcessor.from_pretrained(args.variant, trust_remote_code=True)

@@ -154,10 +154,10 @@ def build(output: Path) -> None:
         shutil.copytree(stage / "site", output)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "site", help="folder of the site (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         build(args.output)
     except SiteError as error:

@@ -11,8 +11,6 @@ Examples:
 import argparse
 import json
 import os
-import shlex
-import sys
 import time
 
 import torch
@@ -25,6 +23,7 @@ from repository import (
     fail,
     flop_counter,
     output_prefix,
+    recorded_command,
     use_device,
     write_results,
 )
@@ -34,7 +33,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 GPU = torch.cuda.is_available()
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="where results go: OUTPUT.json, OUTPUT.md (default: the terminal alone)")
     parser.add_argument("--frames", type=at_least_one, default=8, help="default: %(default)s")
@@ -49,7 +48,7 @@ def parse_arguments():
     parser.add_argument("--device", default="cuda" if GPU else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", default="float16" if GPU else "float32", choices=DTYPES, help="default: %(default)s")
     parser.add_argument("--threads", type=at_least_one, help="CPU threads (default: as torch decides)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for kept in args.kept:
         if kept >= CLIP_L_PATCHES:
             fail(f"--kept {kept}: the encoder has {CLIP_L_PATCHES} patches, and all of them are always measured beside")
@@ -132,8 +131,8 @@ def markdown(report: dict) -> str:
     return "\n".join([*lines, "", *table(header, rows)]) + "\n"
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     use_device(args)
     start, load_before = time.time(), os.getloadavg()[0]
     rows = measure(args)
@@ -141,7 +140,7 @@ def main():
     if args.device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name(args.device)
     report = {
-        "command": "python scripts/encoder_cost.py " + shlex.join(sys.argv[1:]),
+        "command": recorded_command(__file__, argv),
         "frames": args.frames,
         "repeats": args.repeats,
         "warmup": 1,

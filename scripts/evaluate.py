@@ -26,7 +26,6 @@ import argparse
 import copy
 import json
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -49,6 +48,7 @@ from repository import (
     keep_ratio,
     load,
     output_prefix,
+    recorded_command,
     write_results,
 )
 from tqdm import tqdm
@@ -60,7 +60,7 @@ TIMED_BATCH = 8
 WARM_UP = 2  # batches that are not counted: the first runs of a process are slower than all others
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md, OUTPUT.answers.jsonl"
@@ -76,7 +76,7 @@ def parse_arguments():
     )
     parser.add_argument("--plots", action="store_true", help="also draw OUTPUT.*.png (needs matplotlib)")
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.settings = args.settings or [as_setting(text) for text in DEFAULT_SETTINGS]
     for chosen in args.settings:
         if "keep_ratio" in chosen.changes:
@@ -87,6 +87,9 @@ def parse_arguments():
     args.output = output_prefix(args.output)
     if args.scenes == 1 and any(setting.query == "other" for setting in args.settings):
         parser.error("--scenes 1 has no question of another sample for query=other; give at least --scenes 2")
+    args.command = recorded_command(__file__, argv)
+    if "--first-scene" not in args.command:
+        args.command += f" --first-scene {args.first_scene}"  # whatever the default will be
     return args
 
 
@@ -264,16 +267,8 @@ def evaluate_kind(run: Evaluation, kind: str) -> list:
     return rows
 
 
-def command(args) -> str:
-    """The command of this run, with its scenes, whatever the default will be."""
-    given = shlex.join(sys.argv[1:])
-    return f"python scripts/evaluate.py {given}" + (
-        "" if "--first-scene" in given else f" --first-scene {args.first_scene}"
-    )
-
-
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     processes = Processes(args)
     if args.time and processes.number > 1:
         fail(
@@ -300,7 +295,7 @@ def evaluate(args, processes: Processes) -> None:
         return
     mark_fronts(rows)
     report = {
-        "command": command(args),
+        "command": args.command,
         "first_scene": args.first_scene,
         "scenes": args.scenes,
         "kinds": args.kinds,

@@ -11,8 +11,6 @@ Examples:
 
 import argparse
 import json
-import shlex
-import sys
 from collections import defaultdict
 
 import numpy as np
@@ -20,7 +18,16 @@ import torch
 from evaluation.questions import Questions, add_scene_arguments, answer, check_scenes
 from evaluation.report import interval, percent, table, with_interval
 from evaluation.settings import UNPRUNED, as_setting
-from repository import add_model_arguments, at_least_one, environment, fail, load, output_prefix, write_results
+from repository import (
+    add_model_arguments,
+    at_least_one,
+    environment,
+    fail,
+    load,
+    output_prefix,
+    recorded_command,
+    write_results,
+)
 from toy_world import NUM_FRAMES, TABLES_START
 from tqdm import tqdm
 
@@ -37,7 +44,7 @@ DEFAULT_SETTINGS = (
 )
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md")
     parser.add_argument("--settings", nargs="+", type=as_setting, default=None, metavar="METHOD[,KEY=VALUE...]")
@@ -46,7 +53,7 @@ def parse_arguments():
     )
     add_scene_arguments(parser, 100, FIRST_SCENE)
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.settings = args.settings or [as_setting(text) for text in DEFAULT_SETTINGS]
     check_scenes(parser, args)
     for frames in args.frames:
@@ -141,8 +148,8 @@ def markdown(report: dict) -> str:
 
 
 @torch.inference_mode()
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     try:
         model, processor = load(args)
         questions = Questions("video", args.scenes, args.first_scene)
@@ -150,7 +157,7 @@ def main():
     except (ValueError, OSError) as error:
         fail(str(error))
     report = {
-        "command": "python scripts/evaluate_frames.py " + shlex.join(sys.argv[1:]),
+        "command": recorded_command(__file__, argv),
         "first_scene": args.first_scene,
         "scenes": args.scenes,
         "questions": len(questions),

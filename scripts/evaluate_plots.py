@@ -192,11 +192,11 @@ def _against_time(pyplot, rows: list, kind: str):
     return figure
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="OUTPUT.json of evaluate.py")
     parser.add_argument("--output", help="beginning of the plots' names (default: that of the report)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     report = read_report(args.report)
     try:
         draw_plots(report, output_prefix(args.output or str(args.report)))

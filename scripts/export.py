@@ -20,7 +20,6 @@ import argparse
 import inspect
 import json
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -42,7 +41,7 @@ from exporter.base import (
 from exporter.folder import check_replaceable, parent_of, tidy, whole_folder
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
-from repository import ROOT, code_module, fail, json_or_string
+from repository import ROOT, code_module, fail, json_or_string, recorded_command
 from tqdm import tqdm
 
 configuration = code_module("configuration_rediprune")
@@ -56,7 +55,7 @@ IMAGE_KEYS = ("image_processor_type", "feature_extractor_type", "image_grid_pinp
 CARD_TOKENS = 576  # those of a 336-pixel view, for an example of how many stay
 
 
-def parse_arguments(arguments=None):
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="folder or Hub id of a stock checkpoint")
     parser.add_argument("--base-revision", help="branch, tag or commit of a base on the Hub (default: main)")
@@ -83,7 +82,7 @@ def parse_arguments(arguments=None):
             metavar="VALUE",
             help=f"{setting.expected} (default: {setting.default})",
         )
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     if args.output is None and args.push_to_hub is None:
         parser.error("nothing to write: pass --output FOLDER, --push-to-hub NAMESPACE/NAME, or both")
     if args.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
@@ -93,6 +92,7 @@ def parse_arguments(arguments=None):
     if args.push_to_hub is None and (args.private or args.revision or args.commit_message):
         parser.error("--private, --revision and --commit-message belong to --push-to-hub")
     args.pruning = {key: getattr(args, key) for key in settings if hasattr(args, key)}
+    args.command = recorded_command(__file__, argv)
     return args
 
 
@@ -421,7 +421,7 @@ def export(args) -> None:
         folder = Path(folder)
         convert_files(base_folder, folder, pruning, **link)
         config = portability.read_json(folder / "config.json")
-        write_card(folder, name, args.base, base_folder, config, command_line())
+        write_card(folder, name, args.base, base_folder, config, args.command)
         if args.dry_run:
             return print_plan(args, folder, {} if args.link else sizes)
         if not args.link:
@@ -444,17 +444,13 @@ def print_plan(args, folder: Path, weights: dict) -> None:
         print("and the weights of the base")
 
 
-def command_line() -> str:
-    return shlex.join(["python", "scripts/export.py", *sys.argv[1:]])
-
-
 def stop(number, frame):
     """Ends the run as Ctrl-C does, whatever asked for it."""
     raise KeyboardInterrupt(number)
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, stop)
     try:
         export(args)

@@ -250,7 +250,7 @@ class Run:
         return float(np.mean([self.loss(collator(part)).item() for part in parts])) if parts else float("nan")
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter")
     parser.add_argument("--data", type=Path, help="JSON lines (default: the generated world)")
@@ -262,7 +262,7 @@ def parse_arguments():
     parser.add_argument("--save-every", type=at_least_one, default=50, metavar="STEPS", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     add_model_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def settings_of(args) -> dict:
@@ -272,8 +272,8 @@ def settings_of(args) -> dict:
     return {**{key: getattr(args, key) for key in keys}, "data": data, "pruning": dict(args.pruning)}
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     output_folder(args.output)
     try:
         import peft  # noqa: F401

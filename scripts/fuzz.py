@@ -23,7 +23,6 @@ import argparse
 import copy
 import json
 import math
-import shlex
 import sys
 import tempfile
 import traceback
@@ -38,7 +37,7 @@ import torch
 import transformers
 from fuzzing.cases import TEXT_TOWER, Case, draw_case
 from fuzzing.reference import Layout, Row
-from repository import ROOT, at_least_one, code_module, environment, output_prefix, write_results
+from repository import ROOT, at_least_one, code_module, environment, output_prefix, recorded_command, write_results
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -406,7 +405,7 @@ def run_case(case: Case, models: Models) -> Optional[str]:
     return None
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=at_least_one, default=2000, help="cases (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -415,7 +414,7 @@ def parse_arguments():
     )
     parser.add_argument("--only", type=int, metavar="CASE", help="one case, in full")
     parser.add_argument("--output", help="where results go: OUTPUT.json (default: the terminal alone)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in ("seed", "first", "only"):
         if (getattr(args, name) or 0) < 0:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 0")
@@ -447,8 +446,8 @@ def run_all(args, models: Models) -> tuple:
     return failures, {name: dict(sorted(counter.items())) for name, counter in drawn.items()}
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(prefix="text_tower_") as folder:
@@ -461,7 +460,7 @@ def main():
             sys.exit(wrong is not None)
         failures, drawn = run_all(args, models)
     report = {
-        "command": "python scripts/fuzz.py " + shlex.join(sys.argv[1:]),
+        "command": recorded_command(__file__, argv),
         "environment": environment(),
         "seed": args.seed,
         "first": args.first,

@@ -100,7 +100,7 @@ def markdown(rows: list) -> str:
     return "\n".join(table(header, cells)) + "\n"
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where the table goes: OUTPUT.md, OUTPUT.json")
     parser.add_argument(
@@ -110,7 +110,7 @@ def main():
     parser.add_argument(
         "--pair", nargs=4, action="append", required=True, metavar=("FOLDER", "ANSWERS", "SETTING", "RATIO")
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     output = output_prefix(args.output)
     expected = [question["answer"] for question in read_lines(args.questions)]
     rows = [

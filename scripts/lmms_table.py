@@ -154,11 +154,11 @@ def markdown(runs: list) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where the tables go: OUTPUT.md, OUTPUT.json")
     parser.add_argument("runs", nargs="+", metavar="NAME=PATH")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     output = output_prefix(args.output)
     runs = [read_run(text) for text in args.runs]
     write_results(output, {".json": json.dumps(runs, indent=1) + "\n", ".md": markdown(runs)})

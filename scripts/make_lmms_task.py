@@ -65,12 +65,12 @@ def write_task(folder: Path, num_scenes: int, first_scene: int = TABLES_START, k
     return len(lines)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the folder to write; it cannot be moved")
     parser.add_argument("--kind", choices=TASKS, default="video", help="what is asked about (default: %(default)s)")
     add_scene_arguments(parser, 20)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_scenes(parser, args)
     output_folder(args.output)
     try:

@@ -35,12 +35,12 @@ def write_video(path: Path, frames: np.ndarray) -> None:
     temporary.replace(path)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "samples")
     parser.add_argument("--videos", type=int, default=3)
     parser.add_argument("--images", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     output_folder(args.output)
     try:
         number = write_samples(args)

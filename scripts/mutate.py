@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -34,7 +33,7 @@ from pathlib import Path
 from evaluation.log import JsonLines, claimed
 from evaluation.report import table
 from mutate_faults import faults_of, parses
-from repository import ROOT, at_least_one, environment, fail, output_prefix, write_results
+from repository import ROOT, at_least_one, environment, fail, output_prefix, recorded_command, write_results
 from tqdm import tqdm
 
 METHOD_TESTS = ("test_methods.py", "test_reference.py", "test_methods_in_model.py")
@@ -118,7 +117,7 @@ SLOWER = 3  # times as long as without a fault is a hang
 NOTICED, SURVIVED, HUNG = "noticed", "SURVIVED", "noticed: ran too long"
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="where results go: OUTPUT.json, OUTPUT.md (not needed with --only or --list)")
     parser.add_argument(
@@ -136,7 +135,7 @@ def parse_arguments():
     parser.add_argument("--only", metavar="FAULT", help="put in the one fault of this name, with what the tests print")
     parser.add_argument("--list", action="store_true", help="print the faults that would be put in, and run nothing")
     parser.add_argument("--root", type=Path, default=ROOT, help="the tree (default: this repository)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.root = args.root.resolve()
     args.files = args.files or sorted(path.name for path in args.root.glob("*.py"))
     for file in args.files:
@@ -337,8 +336,8 @@ def markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the copy of the tree is removed
     if args.only:
         fault = find(args.root, args.only)
@@ -362,7 +361,7 @@ def main():
         return
     results = run_all(args, faults)
     report = {
-        "command": "python scripts/mutate.py " + shlex.join(sys.argv[1:]),
+        "command": recorded_command(__file__, argv),
         "environment": environment(),
         "seed": args.seed,
         "noticed": sum(result["outcome"] != SURVIVED for result in results),

@@ -11,26 +11,33 @@ Example:
 
 import argparse
 import json
-import shlex
-import sys
 from collections import defaultdict
 
 import numpy as np
 import torch
 from evaluation.questions import Questions, add_scene_arguments, check_scenes
-from repository import add_model_arguments, code_module, environment, fail, load, output_prefix, write_results
+from repository import (
+    add_model_arguments,
+    code_module,
+    environment,
+    fail,
+    load,
+    output_prefix,
+    recorded_command,
+    write_results,
+)
 from toy_world import CHOICES_START, object_map, sample_video
 from tqdm import tqdm
 
 SHOWN = 0.3  # a token shows an object from this share of its area on
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md")
     add_scene_arguments(parser, 60, CHOICES_START)
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_scenes(parser, args)
     args.output = output_prefix(args.output)
     return args
@@ -173,8 +180,8 @@ def markdown(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     try:
         study = Study(*load(args))
     except (ValueError, OSError, ImportError) as error:
@@ -183,7 +190,7 @@ def main():
         study.add(sample_video(seed))
     rows = study.rows()
     record = {
-        "command": shlex.join(["python", "scripts/relevance_study.py", *sys.argv[1:]]),
+        "command": recorded_command(__file__, argv),
         "environment": environment(study.model),
         "first_scene": args.first_scene,
         "scenes": args.scenes,

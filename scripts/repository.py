@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import threading
@@ -178,6 +179,18 @@ def _cpu_name() -> str:
     except OSError:
         return "unknown"
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def recorded_command(script: str, argv=None) -> str:
+    """
+    The command that a result file names.
+
+    Args:
+        script: `__file__` of the command.
+        argv: what its `main` was given; `None` is what the process was started with.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", Path(script).resolve().relative_to(ROOT).as_posix(), *map(str, arguments)])
 
 
 def output_prefix(text: str) -> Path:

@@ -44,7 +44,7 @@ CHOICES = {"tables": "1 2", "backbones": "llava-1.5-7b", "methods": "original re
 LOCAL_SCENES = 20
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/reproduce"), help="folder (default: %(default)s)")
@@ -65,7 +65,7 @@ def parse_arguments():
     tower = "openai/clip-vit-large-patch14-336"
     add("--text-tower", default=tower, help="CLIP checkpoint of CDPruner and TRIM (default: %(default)s)")
     add("--seconds-per-sample", type=float, help="for the estimate (default: as it says itself)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.seconds_per_sample is not None and not 0 < args.seconds_per_sample < float("inf"):
         parser.error(f"--seconds-per-sample {args.seconds_per_sample:g}: must be a positive number")
     return args
@@ -298,8 +298,8 @@ def stop(number, frame):
     raise KeyboardInterrupt(number)
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     if not args.dry_run:
         output_folder(args.output)
     check_settings(args)

@@ -8,8 +8,6 @@ Example:
 import argparse
 import json
 import os
-import shlex
-import sys
 import time
 from unittest import mock
 
@@ -22,6 +20,7 @@ from repository import (
     environment,
     keep_ratio,
     output_prefix,
+    recorded_command,
     use_device,
     write_whole,
 )
@@ -35,13 +34,13 @@ RATIOS = (0.05, 0.1, 0.15, 0.25)
 WAYS = {"row by row": True, "all pairs": False}
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="where results go: OUTPUT.json, OUTPUT.md (default: the terminal alone)")
     parser.add_argument("--ratios", type=keep_ratio, nargs="+", default=RATIOS, help="default: %(default)s")
     parser.add_argument("--repeats", type=at_least_one, default=15, help="timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=at_least_one, help="CPU threads (default: as torch decides)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.device = "cpu"
     if args.output:
         args.output = output_prefix(args.output)
@@ -95,14 +94,14 @@ def markdown(report: dict) -> str:
     return "\n".join([*lines, "", *table(header, rows)]) + "\n"
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     use_device(args)
     start, load_before = time.time(), os.getloadavg()[0]
     cases = [(*size, ratio) for size in SIZES + JOINT_SIZES for ratio in args.ratios]
     rows = [measure_size(*case, args.repeats) for case in tqdm(cases, unit="size", disable=None)]
     report = {
-        "command": "python scripts/selection_cost.py " + shlex.join(sys.argv[1:]),
+        "command": recorded_command(__file__, argv),
         "repeats": args.repeats,
         "warmup": 1,
         "environment": {**environment(), "device": "cpu", "dtype": "float32"},

@@ -98,7 +98,7 @@ MODELS = {
 }
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llava-next-video-7b", help="default: %(default)s")
     parser.add_argument("--frames", type=at_least_one, default=8)
@@ -106,11 +106,11 @@ def parse_arguments():
     parser.add_argument(
         "--text", type=at_least_one, default=60, help="text tokens of the prompt (default: %(default)s)"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     count_kept = code_module("ops_selection").count_kept
     frames, text, sizes = args.frames, args.text, MODELS[args.model]
 

@@ -13,8 +13,6 @@ Examples:
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 
 from drawing.page import page
@@ -30,6 +28,7 @@ from repository import (
     load,
     output_prefix,
     parse_setting,
+    recorded_command,
     write_results,
 )
 from tqdm import tqdm
@@ -40,7 +39,7 @@ MAX_STEPS = 288  # enough for the order of the picks among all tokens of a video
 ENDINGS = (".png", ".html", ".json")
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_media_arguments(parser)
     parser.add_argument("--questions", nargs="+", required=True, help="one or more; of two the difference is shown too")
@@ -70,7 +69,7 @@ def parse_arguments():
         "--width", type=int, default=WIDTH, help="about how wide the contact sheet is, in pixels (default: %(default)s)"
     )
     add_model_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be at least 1")
     if args.width < 1:
@@ -129,8 +128,8 @@ def as_record(item, ratios) -> dict:
     }
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     output = output_prefix(args.output)
     media = read_media(args)
     try:
@@ -149,7 +148,7 @@ def main():
         f"{media_name(args)}, {traces[0][0].num_tokens} tokens in {len(panels)} {'panels' if args.image else 'frames'}"
     )
     record = {
-        "command": "python scripts/visualize.py " + shlex.join(sys.argv[1:]),
+        "command": recorded_command(__file__, argv),
         "environment": run,
         "panels": [panel.label for panel in panels],
         "traces": [as_record(item, args.ratios) for group in traces for item in group],

@@ -11,12 +11,9 @@ clients once unpruned (`keep_ratio=1`) and once pruned, of one server; each requ
 
 import argparse
 import base64
-import datetime
 import io
 import json
 import os
-import platform
-import shlex
 import signal
 import socket
 import statistics
@@ -36,13 +33,17 @@ import transformers
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from repository import environment, recorded_command  # noqa: E402
+
 FRAMES, SIDE, PATCH = 8, 192, 8  # 24 x 24 patches a frame, 12 x 12 tokens after pooling
 # The command `vllm`, also in the environment of the tests.
 VLLM = [sys.executable, str(ROOT / "plugins" / "vllm" / "cli.py")]
 QUESTION = "what colour is the star?"
 
 
-def parse_arguments():
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument(
@@ -59,7 +60,7 @@ def parse_arguments():
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--output", type=Path, required=True, help="without an ending: a .json and a .md are written")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def save_base(folder: Path, layers: int, hidden: int) -> int:
@@ -267,31 +268,16 @@ def markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends, too
     import vllm
 
     start, load = time.monotonic(), os.getloadavg()[0]
     report = {
-        "command": "python " + shlex.join([str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        "command": recorded_command(__file__, argv),
         "arguments": {key: value for key, value in vars(args).items() if key != "output"},
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "vllm": vllm.__version__,
-            "threads": len(os.sched_getaffinity(0)),
-            "cpu": cpu_name(),
-            "date": datetime.date.today().isoformat(),
-        },
+        "environment": {**environment(), "vllm": vllm.__version__, "threads": len(os.sched_getaffinity(0))},
     }
 
     def write(rows):

@@ -36,7 +36,7 @@ def install_vllm(python, requirements) -> None:
     install(python, ["--no-deps", "--editable", str(PLUGIN)])
 
 
-def main() -> int:
+def main(argv=None) -> int:
     environments = (ROOT / ".venv").resolve()
     try:
         prepare(environments)
@@ -44,7 +44,7 @@ def main() -> int:
     except (BootstrapError, OSError, subprocess.CalledProcessError) as error:
         print(f"plugins/vllm is NOT tested: {BUILD} cannot be installed here. {error}")
         return 0
-    arguments = sys.argv[1:] or [PLUGIN / "tests"]
+    arguments = (sys.argv[1:] if argv is None else argv) or [PLUGIN / "tests"]
     # A process for each core, so more threads would only wait; vLLM would bind both to the same core.
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [interpreter(environments / "vllm"), *TEST, *arguments]

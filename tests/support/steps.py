@@ -228,18 +228,18 @@ def exports(script, cases) -> dict:
     """For each name what the export command says when it ends; a case is a token (or none) and the arguments."""
     import contextlib
     import io
-    import runpy
 
     messages = {}
     sys.path.insert(0, os.path.dirname(script))
+    import export
+
     for name, (token, arguments) in cases.items():
         os.environ.pop("HF_TOKEN", None)
         if token is not None:
             os.environ["HF_TOKEN"] = token
-        sys.argv = [script, *arguments, "--no-check"]
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             try:
-                runpy.run_path(script, run_name="__main__")
+                export.main([*arguments, "--no-check"])
                 messages[name] = "no error"
             except SystemExit as error:
                 messages[name] = f"{error.code} {stderr.getvalue()}"

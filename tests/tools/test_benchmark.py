@@ -24,14 +24,13 @@ from tiny import PATCHES, POOLED, tiny_config, tiny_model
 QUICK = ["--frames", 2, "--text", 24, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--threads", 1]
 
 
-def call(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
-    return benchmark.main()
+def call(*arguments):
+    return benchmark.main([*map(str, arguments)])
 
 
-def refusal(monkeypatch, *arguments) -> str:
+def refusal(*arguments) -> str:
     with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, *arguments)
+        call(*arguments)
     return str(stopped.value.code)
 
 
@@ -45,9 +44,9 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture
-def report(tiny, monkeypatch, tmp_path):
+def report(tiny, tmp_path):
     output = tmp_path / "results" / "tiny"
-    call(monkeypatch, *QUICK, "--ratios", 0.5, 0.25, "--methods", "rediprune", "random", "--output", output)
+    call(*QUICK, "--ratios", 0.5, 0.25, "--methods", "rediprune", "random", "--output", output)
     return json.loads(output.with_suffix(".json").read_text())
 
 
@@ -119,10 +118,10 @@ def test_the_paper_formula_at_the_true_size():
         assert mean == pytest.approx(published, abs=1e-3)
 
 
-def test_results_survive_a_round_trip(report, monkeypatch, tmp_path, capsys):
+def test_results_survive_a_round_trip(report, tmp_path, capsys):
     source, output = tmp_path / "results" / "tiny.json", tmp_path / "again"
     capsys.readouterr()
-    call(monkeypatch, "--from", source, "--output", output, "--json")
+    call("--from", source, "--output", output, "--json")
     assert json.loads(capsys.readouterr().out) == report
     assert output.with_suffix(".md").read_text() == source.with_suffix(".md").read_text() == markdown(report)
     assert summarise(report) == report["summary"]
@@ -141,9 +140,9 @@ def test_inputs_are_the_same_for_every_setting(tiny):
     assert not torch.equal(other["pixel_values_videos"], pruned["pixel_values_videos"])
 
 
-def test_poolings_batches_and_frames_are_groups_of_their_own(tiny, monkeypatch, capsys):
+def test_poolings_batches_and_frames_are_groups_of_their_own(tiny, capsys):
     arguments = ["--video-pooling", "true", "false", "--batch", 1, 2, "--ratios", 0.25, "--repeats", 1, "--json"]
-    call(monkeypatch, *QUICK, *arguments)
+    call(*QUICK, *arguments)
     report = json.loads(capsys.readouterr().out)
     per_sample = {True: 2 * POOLED, False: 2 * PATCHES}
     for row, short in zip(report["rows"], report["summary"]):
@@ -167,7 +166,7 @@ def test_out_of_memory_is_a_row(tiny, monkeypatch, capsys, error, after):
         return generate(model, inputs, new_tokens)
 
     monkeypatch.setattr(benchmark, "generate", short_of_memory)
-    call(monkeypatch, *QUICK, "--ratios", 0.25, "--json")
+    call(*QUICK, "--ratios", 0.25, "--json")
     report = json.loads(capsys.readouterr().out)
     unpruned, pruned = report["rows"]
     assert unpruned["error"] == "out of memory" and unpruned["samples"] == {}
@@ -185,12 +184,12 @@ def test_other_errors_are_not_hidden(tiny, monkeypatch):
 
     monkeypatch.setattr(benchmark, "generate", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        call(monkeypatch, *QUICK)
+        call(*QUICK)
 
 
-def test_a_prompt_that_is_too_long_is_a_row(tiny, monkeypatch, capsys):
+def test_a_prompt_that_is_too_long_is_a_row(tiny, capsys):
     tiny.config.text_config.max_position_embeddings = 24 + POOLED
-    call(monkeypatch, *QUICK, "--ratios", 0.25, "--json")
+    call(*QUICK, "--ratios", 0.25, "--json")
     unpruned, pruned = json.loads(capsys.readouterr().out)["rows"]
     assert "at most" in unpruned["error"] and pruned["error"] is None
 
@@ -215,38 +214,38 @@ def test_a_prompt_that_is_too_long_is_a_row(tiny, monkeypatch, capsys):
     (["--output", "pyproject.toml/results"], "--output pyproject.toml/results: cannot write to pyproject.toml"),
     (["--from", "nowhere.json"], "--from nowhere.json: cannot be read (No such file or directory)"),
 ])  # fmt: skip
-def test_wrong_arguments(monkeypatch, arguments, message):
-    assert message in refusal(monkeypatch, *arguments)
+def test_wrong_arguments(arguments, message):
+    assert message in refusal(*arguments)
 
 
-def test_a_ratio_that_is_no_number(monkeypatch, capsys):
-    refusal(monkeypatch, "--ratios", "many")
+def test_a_ratio_that_is_no_number(capsys):
+    refusal("--ratios", "many")
     assert "'many'" in capsys.readouterr().err
 
 
-def test_threads_that_cannot_be(monkeypatch, capsys):
-    refusal(monkeypatch, "--threads", "-1")
+def test_threads_that_cannot_be(capsys):
+    refusal("--threads", "-1")
     assert "'-1' is not a number of at least 1" in capsys.readouterr().err
 
 
 def test_a_second_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    message = refusal(monkeypatch, "--device", "cuda:1", "--selection")
+    message = refusal("--device", "cuda:1", "--selection")
     assert "--device cuda:1: torch sees 1 GPU(s) here, of which the last is cuda:0" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("what", [["--shape", "llava-next-video-7b"], ["--selection"], []])
-def test_a_gpu_that_is_not_there(monkeypatch, what):
-    assert "--device cuda: torch sees no GPU here; pass --device cpu" in refusal(monkeypatch, "--device", "cuda", *what)
+def test_a_gpu_that_is_not_there(what):
+    assert "--device cuda: torch sees no GPU here; pass --device cpu" in refusal("--device", "cuda", *what)
 
 
 @pytest.mark.parametrize("content", ["", '{"rows": [', "[]", '{"rows": []}'])
-def test_half_a_results_file(monkeypatch, tmp_path, content):
+def test_half_a_results_file(tmp_path, content):
     path = tmp_path / "half.json"
     path.write_text(content)
-    assert f"--from {path}: not the whole result of a benchmark" in refusal(monkeypatch, "--from", path)
+    assert f"--from {path}: not the whole result of a benchmark" in refusal("--from", path)
 
 
 def test_files_are_written_whole(tmp_path, monkeypatch):
@@ -258,8 +257,8 @@ def test_files_are_written_whole(tmp_path, monkeypatch):
     assert path.read_bytes() == b"\x89PNG"
 
 
-def test_plots(report, monkeypatch, tmp_path):
-    call(monkeypatch, "--from", tmp_path / "results" / "tiny.json", "--output", tmp_path / "drawn", "--plots")
+def test_plots(report, tmp_path):
+    call("--from", tmp_path / "results" / "tiny.json", "--output", tmp_path / "drawn", "--plots")
     for name in ("speedup", "memory", "stages"):
         assert (tmp_path / f"drawn-{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -267,7 +266,7 @@ def test_plots(report, monkeypatch, tmp_path):
 def test_plots_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "benchmarking.plots", raising=False)
-    message = refusal(monkeypatch, "--output", tmp_path / "x", "--plots")
+    message = refusal("--output", tmp_path / "x", "--plots")
     assert "needs matplotlib" in message and "pip install matplotlib" in message
     monkeypatch.delitem(sys.modules, "benchmarking.plots", raising=False)
 
@@ -330,7 +329,7 @@ def test_shapes():
 def test_every_family_is_measured_with_a_medium_that_it_takes(family, monkeypatch, capsys):
     model = family.model(keep_ratio=0.25)
     monkeypatch.setattr(benchmark, "open_model", lambda args: (model, "tiny"))
-    call(monkeypatch, *QUICK, "--ratios", 0.25, "--json")
+    call(*QUICK, "--ratios", 0.25, "--json")
     report = json.loads(capsys.readouterr().out)
     unpruned, pruned = report["rows"]
     if family.name == "llava_next" or family.has_mrope:
@@ -413,7 +412,7 @@ def test_the_selection_report(monkeypatch, tmp_path):
         "--output",
         tmp_path / "selection",
     ]
-    call(monkeypatch, *arguments)
+    call(*arguments)
     report = json.loads((tmp_path / "selection.json").read_text())
     assert [(row["frames"], row["tokens"], row["kept"]) for row in report["rows"]] == [
         (1, 20, 2), (1, 20, 4), (2, 30, 3), (2, 30, 6)
@@ -449,8 +448,7 @@ def test_selection_cost(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(selection_cost, "SIZES", ((36, 64),))
     monkeypatch.setattr(selection_cost, "JOINT_SIZES", ())
     arguments = ["--ratios", "0.1", "0.5", "--repeats", "3", "--threads", "1", "--output", str(tmp_path / "cost")]
-    monkeypatch.setattr(sys, "argv", ["selection_cost.py", *arguments])
-    selection_cost.main()
+    selection_cost.main(arguments)
     report = json.loads((tmp_path / "cost.json").read_text())
     few, many = report["rows"]
     assert (few["kept"], many["kept"]) == (4, 18) and few["same_tokens"] and many["same_tokens"]

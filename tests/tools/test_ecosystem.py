@@ -1,7 +1,6 @@
 """The table of what works with which tool: its rows, how they are written down, and what the command says."""
 
 import json
-import sys
 
 import check_ecosystem
 import pytest
@@ -43,9 +42,8 @@ def test_a_row_works(case, name):
     assert found["state"] == "works", found["note"]
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["check_ecosystem.py", *map(str, arguments)])
-    check_ecosystem.main()
+def run(*arguments):
+    check_ecosystem.main([*map(str, arguments)])
 
 
 def fails(case):
@@ -62,10 +60,10 @@ def test_a_row_that_fails_ends_the_command_with_an_error(monkeypatch, tmp_path, 
     arguments = ("--output", tmp_path / "table", "--family", "llava", "--rows", row)
     if state == "fails":
         with pytest.raises(SystemExit, match="1 failed: A small random `llava`: broken") as error:
-            run(monkeypatch, *arguments)
+            run(*arguments)
         assert error.value.code != 0
     else:
-        run(monkeypatch, *arguments)
+        run(*arguments)
     found = json.loads((tmp_path / "table.json").read_text())[TITLE][transformers.__version__][row]
     assert found["state"] == state
     assert as_cell(found) in (tmp_path / "table.md").read_text()
@@ -106,10 +104,10 @@ def test_a_version_that_lacks_a_row_has_a_cell_for_it():
     assert "torchao" not in page
 
 
-def test_a_record_that_cannot_be_read(monkeypatch, tmp_path):
+def test_a_record_that_cannot_be_read(tmp_path):
     (tmp_path / "table.json").write_text("{")
     with pytest.raises(SystemExit, match="table.json cannot be read .*; choose another --output"):
-        run(monkeypatch, "--output", tmp_path / "table")
+        run("--output", tmp_path / "table")
 
 
 def test_every_family_can_be_checked():

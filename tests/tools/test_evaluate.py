@@ -23,18 +23,16 @@ from repository import FeatureMemory, keep_ratio
 from toy_world import HELD_OUT_START, TABLES_START
 
 
-def evaluate(monkeypatch, output, *arguments):
+def evaluate(output, *arguments):
     """Runs the script in this process; returns its report."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(output), *map(str, arguments)])
-    importlib.import_module("evaluate").main()
+    importlib.import_module("evaluate").main(["--output", str(output), *map(str, arguments)])
     return json.loads(output.with_name(output.name + ".json").read_text())
 
 
-def refuse(monkeypatch, capsys, *arguments):
+def refuse(capsys, *arguments):
     """The message with which the script refuses these arguments."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as error:
-        importlib.import_module("evaluate").main()
+        importlib.import_module("evaluate").main([*map(str, arguments)])
     return str(error.value) + capsys.readouterr().err
 
 
@@ -68,8 +66,8 @@ SMALL = ("--scenes", 2, "--ratios", 0.25, "--kinds", "video", "--batch", 5, "--t
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_at_the_batch_where_it_stopped(monkeypatch, tmp_path, count_answers):
-    whole = evaluate(monkeypatch, tmp_path / "whole", *SMALL, "--settings", "rediprune", "random")
+def test_a_killed_run_goes_on_at_the_batch_where_it_stopped(tmp_path, count_answers):
+    whole = evaluate(tmp_path / "whole", *SMALL, "--settings", "rediprune", "random")
     total = len(count_answers.batches)
     assert [row["setting"] for row in whole["rows"]] == ["unpruned", "rediprune", "random"]
     assert whole["rows"][0]["agreement_with_unpruned"] == 1
@@ -78,23 +76,23 @@ def test_a_killed_run_goes_on_at_the_batch_where_it_stopped(monkeypatch, tmp_pat
     count_answers.batches.clear()
     count_answers.killed_in = 5
     with pytest.raises(KeyboardInterrupt):
-        evaluate(monkeypatch, tmp_path / "killed", *SMALL, "--settings", "rediprune", "random")
+        evaluate(tmp_path / "killed", *SMALL, "--settings", "rediprune", "random")
     count_answers.killed_in = None
-    resumed = evaluate(monkeypatch, tmp_path / "killed", *SMALL, "--settings", "rediprune", "random")
+    resumed = evaluate(tmp_path / "killed", *SMALL, "--settings", "rediprune", "random")
     assert resumed["rows"] == whole["rows"]
     assert len(count_answers.batches) == total + 1  # the one that was killed
 
     count_answers.batches.clear()
-    assert evaluate(monkeypatch, tmp_path / "killed", *SMALL, "--settings", "random")["rows"] == whole["rows"][::2]
+    assert evaluate(tmp_path / "killed", *SMALL, "--settings", "random")["rows"] == whole["rows"][::2]
     assert not count_answers.batches
     with pytest.raises(SystemExit, match="another run"):
-        evaluate(monkeypatch, tmp_path / "killed", "--scenes", 3)
+        evaluate(tmp_path / "killed", "--scenes", 3)
 
 
 @pytest.mark.slow
-def test_a_budget_in_tokens_runs_once_and_is_told_as_the_ratio_that_it_comes_to(monkeypatch, tmp_path):
+def test_a_budget_in_tokens_runs_once_and_is_told_as_the_ratio_that_it_comes_to(tmp_path):
     settings = ["--settings", "uniform", "uniform,keep_tokens=9", "--ratios", 0.25, 0.5, *SMALL[4:], "--scenes", 1]
-    rows = evaluate(monkeypatch, tmp_path / "a", *settings)["rows"]
+    rows = evaluate(tmp_path / "a", *settings)["rows"]
     told = [(row["setting"], row["keep_ratio"], row["visual_tokens"]) for row in rows]
     assert told == [
         ("unpruned", 1.0, 288.0),
@@ -106,25 +104,25 @@ def test_a_budget_in_tokens_runs_once_and_is_told_as_the_ratio_that_it_comes_to(
 
 
 @pytest.mark.slow
-def test_a_cut_off_line_is_computed_again(monkeypatch, tmp_path, capsys):
-    first = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+def test_a_cut_off_line_is_computed_again(tmp_path, capsys):
+    first = evaluate(tmp_path / "a", *SMALL, "--settings", "uniform")
     log = tmp_path / "a.answers.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
-    assert evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")["rows"] == first["rows"]
+    assert evaluate(tmp_path / "a", *SMALL, "--settings", "uniform")["rows"] == first["rows"]
     assert "line 3 is incomplete" in capsys.readouterr().err
     assert log.read_text().splitlines()[-1] == lines[2]
 
     log.write_text('{"scenes": 2, "dt\nmore\n')
     with pytest.raises(SystemExit, match="line 1 .* Choose another --output, or remove that file"):
-        evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+        evaluate(tmp_path / "a", *SMALL, "--settings", "uniform")
 
 
 @pytest.mark.slow
-def test_processes_share_the_batches_and_give_the_same_answers(monkeypatch, tmp_path):
+def test_processes_share_the_batches_and_give_the_same_answers(tmp_path):
     pytest.importorskip("accelerate")
     arguments = [*map(str, SMALL), "--settings", "rediprune", "random"]
-    alone = evaluate(monkeypatch, tmp_path / "alone", *arguments)
+    alone = evaluate(tmp_path / "alone", *arguments)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", "0", str(ROOT / "scripts" / "evaluate.py")]
     command += ["--output", str(tmp_path / "shared"), *arguments]
@@ -138,12 +136,12 @@ def test_processes_share_the_batches_and_give_the_same_answers(monkeypatch, tmp_
 
 @pytest.mark.slow
 def test_answers_of_other_code_are_not_taken_over(monkeypatch, tmp_path):
-    evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+    evaluate(tmp_path / "a", *SMALL, "--settings", "uniform")
     monkeypatch.setattr(importlib.import_module("evaluate"), "code_fingerprint", lambda *objects: "0" * 16)
     with pytest.raises(
         SystemExit, match="belongs to another run .* where `code` differs, the checkout that began the run"
     ):
-        evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+        evaluate(tmp_path / "a", *SMALL, "--settings", "uniform")
 
 
 def test_code_is_what_is_done_in_all_files_of_a_package(monkeypatch, tmp_path):
@@ -160,12 +158,12 @@ def test_code_is_what_is_done_in_all_files_of_a_package(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_run_with_the_same_output_is_refused(monkeypatch, tmp_path):
+def test_a_second_run_with_the_same_output_is_refused(tmp_path):
     with claimed(answers_path(tmp_path / "a")):
         with pytest.raises(SystemExit, match="another run is writing to .*a.answers.jsonl; .* choose another --output"):
-            evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
-        evaluate(monkeypatch, tmp_path / "b", *SMALL, "--settings", "uniform")
-    evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "uniform")
+            evaluate(tmp_path / "a", *SMALL, "--settings", "uniform")
+        evaluate(tmp_path / "b", *SMALL, "--settings", "uniform")
+    evaluate(tmp_path / "a", *SMALL, "--settings", "uniform")
 
 
 def test_the_features_of_a_batch_do_not_depend_on_what_came_before(loaded):
@@ -222,16 +220,15 @@ def test_what_the_tower_is_asked_for_is_part_of_what_is_remembered(loaded):
 # -- scenes ------------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_measures_on_scenes_that_training_or_choices_were_made_on(monkeypatch, tmp_path):
+def test_nobody_measures_on_scenes_that_training_or_choices_were_made_on(tmp_path):
     import relevance_study
     import train_tiny
 
-    monkeypatch.setattr(sys, "argv", ["relevance_study.py", "--output", str(tmp_path / "a")])
-    study = relevance_study.parse_arguments()
+    arguments = ["--output", str(tmp_path / "a")]
+    study = relevance_study.parse_arguments(arguments)
     chosen_on = range(study.first_scene, study.first_scene + study.scenes)
     followed = range(train_tiny.FOLLOWED_SCENES.start, train_tiny.FOLLOWED_SCENES.stop + 1000)  # README: final 1000
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output", str(tmp_path / "a")])
-    tables = importlib.import_module("evaluate").parse_arguments()
+    tables = importlib.import_module("evaluate").parse_arguments(arguments)
     tables = range(tables.first_scene, tables.first_scene + tables.scenes)
     groups = [train_tiny.TRAINING_SCENES, followed, tables, chosen_on]
     assert all(first.stop <= second.start for first, second in zip(groups, groups[1:]))
@@ -241,16 +238,16 @@ def test_nobody_measures_on_scenes_that_training_or_choices_were_made_on(monkeyp
 
 
 @pytest.mark.slow
-def test_a_report_names_its_scenes(monkeypatch, tmp_path):
+def test_a_report_names_its_scenes(tmp_path):
     first = HELD_OUT_START + 7
     arguments = [*SMALL, "--settings", "uniform"]
-    report = evaluate(monkeypatch, tmp_path / "a", *arguments, "--first-scene", first)
+    report = evaluate(tmp_path / "a", *arguments, "--first-scene", first)
     assert report["first_scene"] == first and report["command"].endswith(f"--first-scene {first}")
     assert f"about 2 scenes from number {first} on" in (tmp_path / "a.md").read_text()
     assert report["rows"][0]["questions"] == len(Questions("video", 2, first))
     with pytest.raises(SystemExit, match="belongs to another run"):
-        evaluate(monkeypatch, tmp_path / "a", *arguments)
-    assert evaluate(monkeypatch, tmp_path / "b", *arguments)["command"].endswith(f"--first-scene {TABLES_START}")
+        evaluate(tmp_path / "a", *arguments)
+    assert evaluate(tmp_path / "b", *arguments)["command"].endswith(f"--first-scene {TABLES_START}")
 
 
 # -- controls and seeds ------------------------------------------------------------------------------------------------
@@ -286,12 +283,11 @@ def test_tokens_are_selected_for_another_question(loaded):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("method", ["rediprune", "rediprune_plus", "mmtok", "mmtok,words=all", "trim"])
-def test_a_control_is_what_every_method_selects_for(monkeypatch, tmp_path, method):
+def test_a_control_is_what_every_method_selects_for(tmp_path, method):
     script = importlib.import_module("evaluate")
     texts = [method, f"{method},query=constant"]
     arguments = ["--output", str(tmp_path / "a"), "--settings", *texts, "--pruning", "keep_ratio=1"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    args = script.parse_arguments()
+    args = script.parse_arguments(arguments)
     run, questions = script.Evaluation(args, script.Processes(args)), Questions("video", 1)
     choices = []
     for setting in args.settings:
@@ -326,9 +322,9 @@ def test_the_other_question_is_about_another_scene():
 
 
 @pytest.mark.slow
-def test_what_is_drawn_runs_once_for_each_seed(monkeypatch, tmp_path):
+def test_what_is_drawn_runs_once_for_each_seed(tmp_path):
     settings = ["rediprune", "rediprune,query=other", "random", "random,seed=1"]
-    report = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--seeds", 2, "--settings", *settings)
+    report = evaluate(tmp_path / "a", *SMALL, "--seeds", 2, "--settings", *settings)
     rows = {row["setting"]: row for row in report["rows"]}
     assert [name for name, row in rows.items() if "accuracy_by_seed" in row] == ["rediprune,query=other", "random"]
     assert rows["random"]["accuracy"] == pytest.approx(np.mean(rows["random"]["accuracy_by_seed"]))
@@ -337,8 +333,8 @@ def test_what_is_drawn_runs_once_for_each_seed(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_controls_are_scored_against_the_original_question(monkeypatch, tmp_path):
-    report = evaluate(monkeypatch, tmp_path / "a", *SMALL, "--settings", "rediprune,query=constant")
+def test_controls_are_scored_against_the_original_question(tmp_path):
+    report = evaluate(tmp_path / "a", *SMALL, "--settings", "rediprune,query=constant")
     assert report["rows"][1]["by_type"]["colour"]["accuracy"] > 0.5
 
 
@@ -403,10 +399,10 @@ def test_times_include_the_vision_tower_and_are_kept(monkeypatch, tmp_path, coun
         ),
     )
     arguments = [*SMALL, "--settings", "uniform"]
-    evaluate(monkeypatch, tmp_path / "a", *arguments)
+    evaluate(tmp_path / "a", *arguments)
     encoded.clear()
     count_answers.batches.clear()
-    report = evaluate(monkeypatch, tmp_path / "a", *arguments, "--time", 1, "--plots")
+    report = evaluate(tmp_path / "a", *arguments, "--time", 1, "--plots")
     batches = count_answers.batches
     assert len(batches) == 3 * 2 and encoded == [
         8 * questions for questions in batches
@@ -415,7 +411,7 @@ def test_times_include_the_vision_tower_and_are_kept(monkeypatch, tmp_path, coun
     assert all((tmp_path / f"a.video-{name}.png").stat().st_size > 1000 for name in ("tokens", "time"))
     assert "the vision tower included" in (tmp_path / "a.md").read_text()
     batches.clear()
-    again = evaluate(monkeypatch, tmp_path / "a", *arguments, "--time", 1)
+    again = evaluate(tmp_path / "a", *arguments, "--time", 1)
     assert again["rows"] == report["rows"] and not batches
 
 
@@ -452,14 +448,14 @@ def test_visual_tokens_are_counted(loaded):
         (["--first-scene", "first"], "invalid int value: 'first'"),
     ],
 )
-def test_evaluate_says_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, message):
-    assert message in refuse(monkeypatch, capsys, "--output", tmp_path / "a", *arguments)
+def test_evaluate_says_what_is_wrong(capsys, tmp_path, arguments, message):
+    assert message in refuse(capsys, "--output", tmp_path / "a", *arguments)
 
 
-def test_evaluate_says_at_once_where_it_cannot_write(monkeypatch, capsys, tmp_path):
-    assert "is a folder; name the files in it" in refuse(monkeypatch, capsys, "--output", tmp_path)
+def test_evaluate_says_at_once_where_it_cannot_write(capsys, tmp_path):
+    assert "is a folder; name the files in it" in refuse(capsys, "--output", tmp_path)
     (tmp_path / "file").touch()
-    assert "cannot write to" in refuse(monkeypatch, capsys, "--output", tmp_path / "file" / "a")
+    assert "cannot write to" in refuse(capsys, "--output", tmp_path / "file" / "a")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Accuracy against the number of frames."""
 
 import json
-import sys
 
 import evaluate_frames
 import pytest
@@ -9,15 +8,14 @@ import pytest
 SETTING = "uniform,keep_tokens=2,positions=scaled"
 
 
-def run(monkeypatch, output, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate_frames.py", "--output", str(output), *map(str, arguments)])
-    evaluate_frames.main()
+def run(output, *arguments):
+    evaluate_frames.main(["--output", str(output), *map(str, arguments)])
     return json.loads(output.with_suffix(".json").read_text())
 
 
 @pytest.mark.slow
-def test_a_video_that_is_too_long_for_the_unpruned_model_has_rows_of_the_others_alone(monkeypatch, tmp_path):
-    report = run(monkeypatch, tmp_path / "a", "--frames", 8, 64, "--scenes", 1, "--settings", SETTING, "--threads", 1)
+def test_a_video_that_is_too_long_for_the_unpruned_model_has_rows_of_the_others_alone(tmp_path):
+    report = run(tmp_path / "a", "--frames", 8, 64, "--scenes", 1, "--settings", SETTING, "--threads", 1)
     told = [(row["frames"], row["setting"], row["visual_tokens"]) for row in report["rows"]]
     assert told == [(8, "unpruned", 288), (8, SETTING, 16), (64, "unpruned", None), (64, SETTING, 128)]
     assert [row["error"] is None for row in report["rows"]] == [True, True, False, True]
@@ -31,7 +29,7 @@ def test_a_video_that_is_too_long_for_the_unpruned_model_has_rows_of_the_others_
     "arguments, message",
     [(["--frames", "12"], "must be a multiple of 8"), (["--first-scene", "5"], "held-out scenes have the numbers")],
 )
-def test_what_cannot_be_measured_is_refused_first(monkeypatch, tmp_path, capsys, arguments, message):
+def test_what_cannot_be_measured_is_refused_first(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        run(monkeypatch, tmp_path / "a", *arguments)
+        run(tmp_path / "a", *arguments)
     assert message in capsys.readouterr().err

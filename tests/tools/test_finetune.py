@@ -103,9 +103,8 @@ def test_a_line_that_is_no_sample(tmp_path, line):
         read_samples(write_lines(tmp_path / "x", [GOOD, line]))
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
-    finetune.main()
+def run(*arguments):
+    finetune.main([*map(str, arguments)])
 
 
 @pytest.fixture
@@ -118,21 +117,21 @@ def variant(tmp_path):
 
 
 @pytest.mark.gradients
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(monkeypatch, variant, tmp_path, capsys):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(variant, tmp_path, capsys):
     arguments = ("--model", variant, "--batch-size", 2, "--dtype", "float32", "--save-every", 2)
-    run(monkeypatch, *arguments, "--output", tmp_path / "whole", "--steps", 4)
+    run(*arguments, "--output", tmp_path / "whole", "--steps", 4)
     assert "loss on held-out questions" in capsys.readouterr().out
-    run(monkeypatch, *arguments, "--output", tmp_path / "parts", "--steps", 2)
-    run(monkeypatch, *arguments, "--output", tmp_path / "parts", "--steps", 4)
+    run(*arguments, "--output", tmp_path / "parts", "--steps", 2)
+    run(*arguments, "--output", tmp_path / "parts", "--steps", 4)
     whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 4
     assert all(torch.equal(weight, parts["weights"][name]) for name, weight in whole["weights"].items())
     assert any(weight.any() for name, weight in whole["weights"].items() if "lora_B" in name)
     with pytest.raises(SystemExit, match="holds a run with other arguments .*batch_size was 2"):
-        run(monkeypatch, *arguments, "--output", tmp_path / "parts", "--batch-size", 3)
+        run(*arguments, "--output", tmp_path / "parts", "--batch-size", 3)
 
 
 def test_what_is_missing_is_a_message(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SystemExit, match="fine-tuning needs PEFT: pip install peft"):
-        run(monkeypatch, "--output", tmp_path)
+        run("--output", tmp_path)

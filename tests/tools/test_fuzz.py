@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import fuzz
 import pytest
@@ -82,11 +81,10 @@ def test_faults_are_noticed(models, monkeypatch, name):
 
 
 def test_a_failing_case_is_told_with_the_command_that_repeats_it(monkeypatch, tmp_path, capsys):
-    arguments = ["fuzz.py", "--runs", "3", "--seed", "7", "--first", "5"]
+    arguments = ["--runs", "3", "--seed", "7", "--first", "5"]
     monkeypatch.setattr(fuzz, "run_case", lambda case, models: "it is wrong" if case.number == 6 else None)
-    monkeypatch.setattr(sys, "argv", [*arguments, "--output", str(tmp_path / "new" / "fuzz")])
     with pytest.raises(SystemExit) as ended:
-        fuzz.main()
+        fuzz.main([*arguments, "--output", str(tmp_path / "new" / "fuzz")])
     assert ended.value.code == 1
     report = json.loads((tmp_path / "new" / "fuzz.json").read_text())
     assert (report["runs"], report["failed"], sum(report["drawn"]["method"].values())) == (3, 1, 3)
@@ -95,13 +93,11 @@ def test_a_failing_case_is_told_with_the_command_that_repeats_it(monkeypatch, tm
     assert failure["case"] == json.loads(json.dumps(draw_case(7, 6).as_record()))
 
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", failure["command"].split()[1:])
     with pytest.raises(SystemExit) as ended:
-        fuzz.main()
+        fuzz.main(failure["command"].split()[2:])
     assert ended.value.code == 1 and "it is wrong" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*arguments[:-1], "0", "--runs", "2"])
     with pytest.raises(SystemExit) as ended:
-        fuzz.main()
+        fuzz.main([*arguments[:-1], "0", "--runs", "2"])
     assert ended.value.code == 0
 
 
@@ -110,8 +106,7 @@ def test_a_failing_case_is_told_with_the_command_that_repeats_it(monkeypatch, tm
     (["--seed", "-1"], "--seed -1: must be at least 0"),
     (["--only", "-3"], "--only -3: must be at least 0"),
 ])  # fmt: skip
-def test_fuzz_says_what_is_wrong(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["fuzz.py", *arguments])
+def test_fuzz_says_what_is_wrong(capsys, arguments, message):
     with pytest.raises(SystemExit):
-        fuzz.main()
+        fuzz.main(arguments)
     assert message in capsys.readouterr().err

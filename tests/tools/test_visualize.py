@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -204,9 +203,8 @@ def test_long_questions_are_wrapped_and_cut():
     assert wrapped("x" * 300, font, 200, lines=3)[0].endswith("\u2026")
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, arguments)])
-    visualize.main()
+def run(*arguments):
+    visualize.main([*map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +213,7 @@ def written(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("visualize") / "deep" / "kept"
     arguments = [*VIDEO, "--output", str(prefix), "--questions", QUESTION, NASTY]
     arguments += ["--methods", "rediprune", "divprune", "visionzip"]
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, *arguments)
+    run(*arguments)
     return {ending: prefix.with_name("kept" + ending) for ending in visualize.ENDINGS}
 
 
@@ -247,9 +244,8 @@ def test_the_page_needs_nothing_but_itself(written):
 @pytest.mark.slow
 @pytest.mark.parametrize("media", [IMAGE, IMAGES, [*VIDEO, "--num-frames", "3"]], ids=["image", "images", "short"])
 @pytest.mark.parametrize("questions", [["what?"], ["", "where is <video>?"], ["one?", "two?", "three?"]], ids=len)
-def test_sheets_of_other_shapes(monkeypatch, tmp_path, media, questions):
+def test_sheets_of_other_shapes(tmp_path, media, questions):
     run(
-        monkeypatch,
         *media,
         "--output",
         tmp_path / "kept.png",
@@ -289,10 +285,10 @@ def test_sheets_of_other_shapes(monkeypatch, tmp_path, media, questions):
         ({"--output": ["/proc/nothing/kept"]}, "cannot write to"),
     ],
 )
-def test_it_says_what_is_wrong(monkeypatch, capsys, tmp_path, change, message):
+def test_it_says_what_is_wrong(capsys, tmp_path, change, message):
     options = {"--video": VIDEO[1:], "--output": [str(tmp_path / "kept")], "--questions": ["what?"], **change}
     with pytest.raises(SystemExit) as error:
-        run(monkeypatch, *(part for name, values in options.items() if values is not None for part in (name, *values)))
+        run(*(part for name, values in options.items() if values is not None for part in (name, *values)))
     assert message in f"{error.value} {capsys.readouterr().err}"
     assert not list(tmp_path.iterdir())
 
