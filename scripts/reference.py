@@ -22,6 +22,7 @@ from tqdm import tqdm
 REFERENCE = ROOT / "tests" / "golden" / "reference"
 # Every method as its paper has it, and the keys that change what a set is, how tokens are compared and where they stand.
 VARIANTS = (
+    "rediprune_plus,inner_method=fastv,inner_keep_ratio=0.05",
     "rediprune,positions=original",
     "rediprune,scope=video,time_weight=0.25",
     "rediprune,scope=item",
