@@ -16,6 +16,8 @@ from .hub_versions import CACHE_NAME
 class LanguageForwardMixin:
     """For model classes, right before the stock class: its forward pass, with what the cache records of pruned tokens."""
 
+    layers_in_two_parts = staticmethod(two_part_forward)  # by a name of the model, where tools can time it
+
     def place_in_unpruned(self, pruning, masks: dict, items: list, attention_mask=None, cache=None) -> tuple:
         """
         Where the tokens of a prompt stand in the unpruned one.
@@ -128,7 +130,7 @@ class LanguageForwardMixin:
         position_ids = position_ids.to(embeds.device).expand(len(embeds), -1)
         collected = [] if stock.get("output_hidden_states") else None
         new_sizes = None if record is None else record.sizes
-        states, places, is_there = two_part_forward(
+        states, places, is_there = self.layers_in_two_parts(
             language_model,
             embeds,
             position_ids,

@@ -162,7 +162,7 @@ class PruningConfig:
     @property
     def prunes(self) -> bool:
         """Whether any token can be dropped before the language model."""
-        return self.method != "none" and not self._is_inside and self._drops
+        return self.method != "none" and not self.is_inside and self._drops
 
     @property
     def drops_tokens(self) -> bool:
@@ -174,19 +174,25 @@ class PruningConfig:
         return self.keep_ratio is None or self.keep_ratio < 1
 
     @property
-    def _is_inside(self) -> bool:
+    def is_inside(self) -> bool:
+        """Whether the method itself is a stage inside the language model, so that its budget is of what goes on there."""
         return METHODS[self.method].inner is not None
 
     @property
     def inner_name(self) -> Optional[str]:
         """The stage inside the language model, a key of `INNER_METHODS`, whether or not its budget leaves it anything to do."""
-        return METHODS[self.method].inner if self._is_inside else self.inner_method
+        return METHODS[self.method].inner if self.is_inside else self.inner_method
 
     @property
     def inner(self) -> Optional[str]:
         """The stage inside the language model that drops tokens, a key of `INNER_METHODS`; `None` = nothing is dropped there."""
-        keeps_all = not self._drops if self._is_inside else self.inner_keep_ratio == 1
+        keeps_all = not self._drops if self.is_inside else self.inner_keep_ratio == 1
         return None if keeps_all else self.inner_name
+
+    @property
+    def takes_ratio(self) -> bool:
+        """Whether a budget says how many tokens stay; not where all of them leave inside the language model (`vtw`)."""
+        return not self.is_inside or INNER_METHODS[self.inner_name].takes_ratio
 
     def first_inner_layer(self, num_layers: int) -> int:
         """The first layer, of so many, that the other tokens do not reach."""
@@ -196,7 +202,7 @@ class PruningConfig:
         """How many visual tokens of a prompt, which would have `num_unpruned` without pruning, go on inside the language model."""
         if num_unpruned == 0 or not INNER_METHODS[self.inner_name].takes_ratio:
             return 0
-        return self.nominal(num_unpruned) if self._is_inside else count_kept(num_unpruned, self.inner_keep_ratio)
+        return self.nominal(num_unpruned) if self.is_inside else count_kept(num_unpruned, self.inner_keep_ratio)
 
     @property
     def budget(self) -> str:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from benchmarking.operations import count_operations, formula
 from benchmarking.shapes import SHAPES, random_model, shape_config, shape_of
 from benchmarking.tables import STAGES, markdown, summarise
 from repository import (
@@ -36,7 +37,6 @@ from repository import (
     code_module,
     environment,
     fail,
-    flop_counter,
     json_or_string,
     load,
     output_prefix,
@@ -44,7 +44,6 @@ from repository import (
     use_device,
     write_results,
 )
-from tflops import prefill
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -145,7 +144,10 @@ def open_model(args):
 
 def cells_of(args) -> list:
     """What is measured: for every frames, pooling and batch the unpruned model, and every method at every ratio."""
-    settings = [(UNPRUNED, 1.0), *itertools.product(args.methods, args.ratios)]
+    block = code_module("configuration_rediprune").PruningConfig
+    settings = [(UNPRUNED, 1.0)]
+    for method in args.methods:
+        settings += [(method, ratio) for ratio in args.ratios[: None if block(method=method).takes_ratio else 1]]
     cells = []
     for frames, pooling, batch in itertools.product(args.frames, args.video_pooling, args.batch):
         group = {"frames": frames, "video_pooling": pooling, "batch": batch}
@@ -161,20 +163,25 @@ def pruning_of(model, cell: dict):
     return block.with_changes(**changes)
 
 
-def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:
-    """A prompt of random words around one random video in every row, or one image where the model takes no videos."""
-    config, generator = model.config, torch.Generator().manual_seed(seed)
+def medium_of(model, pruning, frames: int) -> tuple:
+    """The layout of a video, or of an image where the model takes no videos, its placeholder, name and shape of pixels."""
+    config = model.config
     size = getattr(config.vision_config, "image_size", None)
     if size is None:
         raise ValueError(f"{config.model_type} takes pictures of any size as patches, which no random medium here has")
     if config.takes_videos:
-        layout, token = model.layout_class.video(model.frame_size, frames, pruning), config.video_token_id
-        shape, name = (batch, frames, 3, size, size), "pixel_values_videos"
-    elif hasattr(config, "image_grid_pinpoints"):
+        layout = model.layout_class.video(model.frame_size, frames, pruning)
+        return layout, config.video_token_id, "pixel_values_videos", (frames, 3, size, size)
+    if hasattr(config, "image_grid_pinpoints"):
         raise ValueError(f"{config.model_type} cuts its images into tiles, which no random medium here has")
-    else:
-        layout, token = model.layout_class.image(model.frame_size, (size, size)), config.image_token_id
-        shape, name = (batch, 3, size, size), "pixel_values"
+    layout = model.layout_class.image(model.frame_size, (size, size))
+    return layout, config.image_token_id, "pixel_values", (3, size, size)
+
+
+def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:
+    """A prompt of random words around one random video or image in every row."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    layout, token, name, shape = medium_of(model, pruning, frames)
     placeholders = {config.image_token_id, token}
     words = torch.tensor(
         [word for word in range(FIRST_WORD, config.text_config.vocab_size) if word not in placeholders]
@@ -182,7 +189,7 @@ def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int)
     words = words[torch.randint(len(words), (batch, text), generator=generator)]
     medium = torch.full((batch, layout.num_placeholders(pruning)), token)
     ids = torch.cat([words[:, :TEXT_BEFORE], medium, words[:, TEXT_BEFORE:]], dim=1).to(model.device)
-    pixels = torch.randn(shape, generator=generator).to(model.device, model.dtype)
+    pixels = torch.randn((batch, *shape), generator=generator).to(model.device, model.dtype)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), name: pixels}
 
 
@@ -216,15 +223,6 @@ def second_question(model, inputs: dict, new_tokens: int) -> float:
     return timer.clock() - start
 
 
-def count_operations(model, inputs: dict) -> tuple:
-    """Floating-point operations of each stage up to the first token, as torch counts them, and bytes of the KV cache."""
-    with flop_counter() as counter, StageTimer(model, counter.get_total_flops) as stages:
-        output = generate(model, inputs, 1)
-    layers = output.past_key_values.layers
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    return {**{name: int(value) for name, value in stages.seconds.items()}, "total": counter.get_total_flops()}, cache
-
-
 def peak_bytes(model, inputs: dict) -> int:
     """The most memory that tensors take at once while two tokens are made, beyond what was there before."""
     if model.device.type == "cuda":
@@ -241,18 +239,18 @@ def peak_bytes(model, inputs: dict) -> int:
 
 def describe(model, cell: dict, inputs: dict, text: int) -> dict:
     """What needs no repetition: numbers of tokens, operations, bytes."""
-    language = model.config.text_config
-    prompt = inputs["input_ids"].shape[1]
+    prompt, pruning = inputs["input_ids"].shape[1], model.config.pruning
+    layout = medium_of(model, pruning, cell["frames"])[0]
+    unpruned = layout.num_placeholders(pruning.with_changes(keep_ratio=1.0, keep_tokens=None))
     operations, cache = count_operations(model, inputs)
-    multiply_adds = cell["batch"] * prefill(
-        prompt - text, text, language.num_hidden_layers, language.hidden_size, language.intermediate_size
-    )
+    multiply_adds = cell["batch"] * formula(model.config, pruning, prompt - text, unpruned, text)
     return {
         "visual_tokens": prompt - text,
         "prompt_tokens": prompt,
         "operations": operations,
-        "paper_prefill_multiply_adds": round(multiply_adds * 1e12),
-        "kv_cache_bytes": cache,
+        "inner_tokens": None if pruning.inner is None else min(prompt - text, pruning.inner_count(unpruned)),
+        "paper_prefill_multiply_adds": round(multiply_adds),
+        "kv_cache_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized),
         "peak_bytes": peak_bytes(model, inputs),
     }
 

@@ -2,7 +2,7 @@
 
 A setting is a method and, after commas, changes to the pruning block: `rediprune`, `rediprune,positions=original`,
 `rediprune,alpha=2,query_weighting=average`, `random,seed=1`. One with a budget in tokens (`rediprune,keep_tokens=64`) runs once, and
-its ratio in the tables is what that comes to. The unpruned model always runs first, and every other row is
+its ratio in the tables is what that comes to; so does one that needs no budget (`vtw`). The unpruned model always runs first, and every other row is
 also compared with its answers.
 
 Controls: the methods `random` and `uniform`; and `query=other` (select for the question of another sample) or
@@ -18,12 +18,14 @@ Examples:
     python scripts/evaluate.py --output runs/quick --scenes 40 --ratios 0.25 0.1 --settings rediprune random uniform
     python scripts/evaluate.py --output runs/query --settings rediprune rediprune,query=other rediprune,query=constant
     python scripts/evaluate.py --output runs/seeds --settings rediprune random --seeds 5 --kinds video
+    python scripts/evaluate.py --output runs/equal --settings rediprune_plus fastv --operations 0.6 0.5
     accelerate launch --multi_gpu --num_processes 2 scripts/evaluate.py --output runs/shared --threads 1
     python scripts/evaluate.py --output runs/shared --threads 1 --time 15 --plots   # adds times to the answers
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -35,6 +37,7 @@ from datetime import timedelta
 import evaluation.questions as evaluate_questions
 import torch
 import toy_world
+from evaluation.costs import Costs
 from evaluation.log import AnswerLog, JsonLines, answers_path, claimed, code_fingerprint
 from evaluation.questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
 from evaluation.report import mark_fronts, markdown, score
@@ -67,6 +70,13 @@ def parse_arguments(argv):
     )
     parser.add_argument("--settings", nargs="+", type=as_setting, default=None, metavar="METHOD[,KEY=VALUE...]")
     parser.add_argument("--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="default: %(default)s")
+    parser.add_argument(
+        "--operations",
+        nargs="+",
+        type=keep_ratio,
+        metavar="SHARE",
+        help="in place of --ratios: each setting at the ratio where its prefill takes this share of the unpruned one's operations",
+    )
     parser.add_argument("--seeds", type=at_least_one, default=1, help="seeds of what is drawn at random (default: 1)")
     add_scene_arguments(parser, 300)
     parser.add_argument("--kinds", nargs="+", default=["video", "image"], choices=["video", "image"])
@@ -182,11 +192,6 @@ class Evaluation:
             inputs.update(caller.question_inputs([questions.query_prompt(*query) for query in queries]))
         return inputs.to(self.model.device, self.model.dtype)
 
-    def share(self, questions: Questions, setting: Setting) -> float:
-        """The keep ratio that a budget in tokens comes to."""
-        self.use(setting)
-        return questions.visual_tokens(self.processor, None) / questions.visual_tokens(self.processor, 1.0)
-
     def answers(self, questions: Questions, setting: Setting, ratio: float) -> list:
         """The answers to all questions, from the log where they are there."""
         cell, batches = (questions.kind, setting.text, ratio), questions.batches(self.args.batch)
@@ -242,21 +247,40 @@ def summary(seconds: list) -> dict:
     return {"seconds_per_question": middle, "low": low, "high": high, "rounds": len(seconds), "batch": TIMED_BATCH}
 
 
+def cells_of(run: Evaluation, costs: Costs) -> list:
+    """(setting, keep ratio) of every row but the unpruned one."""
+    args, cells = run.args, []
+    with_ratio = [setting for setting in args.settings if setting.takes_ratio]
+    if args.operations:
+        for share, setting in itertools.product(args.operations, with_ratio):
+            run.use(setting)
+            ratio = costs.ratio_at(share)
+            if ratio is None:
+                print(f"{setting.text} cannot take {share:g} of the unpruned operations: left out", file=sys.stderr)
+            else:
+                cells.append((setting, ratio))
+    else:
+        cells += [(setting, ratio) for ratio in args.ratios for setting in with_ratio]
+    for setting in args.settings:
+        if not setting.takes_ratio:
+            run.use(setting)
+            cells.append((setting, costs.share_of_budget()))
+    return cells
+
+
 def evaluate_kind(run: Evaluation, kind: str) -> list:
     """The rows of one kind of medium."""
     args, rows = run.args, []
     questions = Questions(kind, args.scenes, args.first_scene)
-    unpruned = Setting(UNPRUNED, {})
-    cells = [(unpruned, 1.0)]
-    cells += [(setting, ratio) for ratio in args.ratios for setting in args.settings if setting.ratio_of_call(ratio)]
-    cells += [(setting, run.share(questions, setting)) for setting in args.settings if not setting.ratio_of_call(1.0)]
+    unpruned, costs = Setting(UNPRUNED, {}), Costs(run, questions)
+    cells = [(unpruned, 1.0), *cells_of(run, costs)]
     for setting, ratio in tqdm(cells, desc=f"{kind}s", unit="cell", disable=not run.processes.main):
         by_seed = [run.answers(questions, variant, ratio) for variant in run.variants(setting)]
         before = run.answers(questions, unpruned, 1.0)
         scores = score(questions.answers, questions.types, questions.scene_of, by_seed, before)
         run.use(setting)
-        visual_tokens = questions.visual_tokens(run.processor, setting.ratio_of_call(ratio))
-        row = {"kind": kind, "setting": setting.text, "keep_ratio": ratio, "visual_tokens": visual_tokens, **scores}
+        row = {"kind": kind, "setting": setting.text, "keep_ratio": ratio, **costs.of_row(setting, ratio), **scores}
+        row["share_of_operations"] = row["prefill_operations"] / (rows[0] if rows else row)["prefill_operations"]
         rows.append(row)
         if run.processes.main:
             tqdm.write(f"{kind} {setting.text:40} {ratio:<5g} {100 * row['accuracy']:5.1f} %")

@@ -404,6 +404,7 @@ class StageTimer:
             # Some towers project by themselves.
             *((part, "forward", lambda: "projector") for name, part in parts.named_children() if "projector" in name),
             (parts.language_model, "forward", self._language_stage),
+            (self.model, "layers_in_two_parts", self._language_stage),  # in its place, where tokens leave inside
         )
         self._wrapping = ExitStack()
         for owner, name, stage_of in stages:

@@ -102,7 +102,8 @@ def heading(report: dict, title: str) -> list:
 
 
 def setting(row: dict, report: dict) -> list:
-    name = row["method"] if row["method"] == "unpruned" else f"{row['method']} {row['keep_ratio']:g}"
+    has_ratio = row["method"] != "unpruned" and row.get("inner_tokens") != 0
+    name = f"{row['method']} {row['keep_ratio']:g}" if has_ratio else row["method"]
     frames = f"{row['frames']}, {'pooled' if row['video_pooling'] else 'unpooled'}"
     if report.get("medium") == "image":
         frames = "one image"
@@ -199,12 +200,13 @@ def model_tables(report: dict) -> list:
     if scaled:
         header.append(f"end to end, scaled to {layers['language_of']} layers")
     lines += table(header, [
-        [*setting(row, report), str(row["visual_tokens"]), *_savings(ratios, scaled)] for row, ratios in measured
+        [*setting(row, report), _tokens(row), *_savings(ratios, scaled)] for row, ratios in measured
     ])  # fmt: skip
     lines += [
         "",
         'Speed-ups are those of each turn over the unpruned model of the same turn. "By counted operations" is the one that '
-        'the operations of prefill allow, as torch counts them; "share of that" is how much of it was reached.'
+        'the operations of prefill allow, as torch counts them; "share of that" is how much of it was reached. Where tokens leave '
+        'inside the language model, "then" is how many go on there, and their choice is part of prefill.'
         + (
             f" Saved prefill is scaled to {layers['language_of']} layers too: computed, not measured." if scaled else ""
         ),
@@ -235,6 +237,11 @@ def model_tables(report: dict) -> list:
             *table([*names, "why"], [[*setting(row, report), row["error"]] for row in failed]),
         ]
     return lines
+
+
+def _tokens(row: dict) -> str:
+    inside = row.get("inner_tokens")  # results of before have none
+    return str(row["visual_tokens"]) + ("" if inside is None else f", then {inside}")
 
 
 def _savings(ratios: dict, scaled: bool) -> list:

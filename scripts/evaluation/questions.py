@@ -78,15 +78,16 @@ class Questions:
         media = [self.media(index) for index in part]
         return processor(text=prompts, **{f"{self.kind}s": media}, keep_ratio=keep_ratio, padding=True)
 
-    def visual_tokens(self, processor, keep_ratio: float) -> float:
-        """How many visual tokens the prompt of a question has, on average."""
-        token = getattr(processor, f"{self.kind}_token_id")
+    def mean_over_media(self, number_of) -> float:
+        """The mean over the questions of `number_of(index)`, asked for the first question about media of each shape."""
         shapes = [self.media(index).shape for index in range(len(self))]
-        counts = {}
-        for index, shape in enumerate(shapes):
-            if shape not in counts:
-                counts[shape] = int((self.inputs(processor, index, 1, keep_ratio)["input_ids"] == token).sum())
-        return float(np.mean([counts[shape] for shape in shapes]))
+        numbers = {shape: number_of(shapes.index(shape)) for shape in set(shapes)}
+        return float(np.mean([numbers[shape] for shape in shapes]))
+
+    def visual_tokens(self, processor, keep_ratio: float, index: int) -> int:
+        """How many visual tokens the prompt of a question has."""
+        token = getattr(processor, f"{self.kind}_token_id")
+        return int((self.inputs(processor, index, 1, keep_ratio)["input_ids"] == token).sum())
 
     def text_of_another(self, index: int, seed: int) -> str:
         """The question of another sample: one about a scene other than that of question `index`."""

@@ -73,12 +73,17 @@ def with_interval(result: dict) -> str:
     return f"{percent(result['accuracy'])} ({percent(result['low'])} to {percent(result['high'])})"
 
 
+def _tokens(row: dict) -> str:
+    inside = "" if row["inner_tokens"] is None else f", then {row['inner_tokens']:.1f}"
+    return f"{row['visual_tokens']:.1f}{inside}"
+
+
 def _overall(row: dict, timed: bool) -> list:
     seeds = row.get("accuracy_by_seed")
     right = percent(row["accuracy"])
     if seeds:
         right += f", mean of {len(seeds)} seeds ({percent(min(seeds))} to {percent(max(seeds))})"
-    cells = [row["setting"], f"{row['keep_ratio']:.4g}", f"{row['visual_tokens']:.1f}", right]
+    cells = [row["setting"], f"{row['keep_ratio']:.4g}", _tokens(row), percent(row["share_of_operations"]), right]
     cells += [f"{percent(row['low'])} to {percent(row['high'])}", percent(row["agreement_with_unpruned"])]
     if timed and "time" in row:
         time = row["time"]
@@ -114,14 +119,16 @@ def markdown(report: dict) -> str:
         f"{run.get('gpu', run['cpu'])}, {run['threads']} threads, {run['device']}, {run['dtype']}, torch {run['torch']}, "
         f"transformers {run['transformers']}, Python {run['python']}, {run['date']}; one greedy answer to each question.  ",
         "Share of right answers in percent with its 95 % interval (bootstrap over scenes), and the share of answers equal "
-        "to those of the unpruned model. Visual tokens: how many of them a question's prompt has, on average.",
+        "to those of the unpruned model. Visual tokens: how many of them a question's prompt has, on average; \"then\" is how many go on "
+        "inside the language model, where some leave there. Operations: of the language model's prefill, as torch counts them for the "
+        "first question about media of each size, as a share of the unpruned ones.",
         *_how_timed(report["rows"]),
     ]
     for kind in report["kinds"]:
         rows = [row for row in report["rows"] if row["kind"] == kind]
         types, timed = list(rows[0]["by_type"]), "time" in rows[0]
         lines += ["", f"## {kind.capitalize()}s: {rows[0]['questions']} questions {_scenes(report)}", ""]
-        header = ["setting", "keep ratio", "visual tokens", "right (%)", "95 % interval", "as unpruned (%)"]
+        header = ["setting", "keep ratio", "visual tokens", "operations (%)", "right (%)", "95 % interval", "as unpruned (%)"]
         header += ["ms a question", "on the Pareto front"] if timed else []
         lines += table(header, [_overall(row, timed) for row in rows])
         lines += ["", "Right by type of question, in percent:", ""]

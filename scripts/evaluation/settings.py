@@ -24,12 +24,21 @@ class Setting:
         drawn = self.query == "other" or method is not None and "seeds" in _methods()[method].required_signals
         return drawn and "seed" not in self.changes
 
+    @property
+    def takes_ratio(self) -> bool:
+        """Whether it runs once for each of `--ratios`."""
+        return "keep_tokens" not in self.changes and _block(self.changes).takes_ratio
+
     def ratio_of_call(self, ratio: float):
-        """The keep ratio that the processor is called with: none where the setting has a budget in tokens."""
-        return None if "keep_tokens" in self.changes else ratio
+        """The keep ratio that the processor is called with: none where the setting has a budget in tokens, or needs none."""
+        return ratio if self.takes_ratio else None
 
     def with_seed(self, seed: int) -> "Setting":
         return Setting(f"{self.text},seed={seed}", {**self.changes, "seed": seed}, self.query)
+
+
+def _block(changes: dict):
+    return code_module("configuration_rediprune").PruningConfig.from_value(changes)
 
 
 def _methods() -> dict:
@@ -43,7 +52,7 @@ def as_setting(text: str) -> Setting:
     if query not in QUERIES:
         raise argparse.ArgumentTypeError(f"{text!r}: query is {query!r}, but must be one of {', '.join(QUERIES)}")
     try:
-        block = code_module("configuration_rediprune").PruningConfig.from_value(changes)
+        block = _block(changes)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
     reads = (

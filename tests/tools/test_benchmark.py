@@ -11,15 +11,18 @@ import benchmark
 import pytest
 import selection_cost
 import torch
+from benchmarking.operations import count_operations, formula
 from benchmarking.selection import compare, measure_size, plain_select
 from benchmarking.shapes import SHAPES, random_model, shape_config
 from benchmarking.tables import COLUMNS, SECOND, _goal, markdown, spread, summarise
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rediprune.configuration_rediprune import PruningConfig
 from rediprune.ops_selection import select_rediprune
 from repository import StageTimer, write_whole
-from tiny import PATCHES, POOLED, tiny_config, tiny_model
+from tiny import PATCHES, POOLED, TEXT_SIZES, tiny_config, tiny_model
+from transformers import LlamaConfig
 
 QUICK = ["--frames", 2, "--text", 24, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--threads", 1]
 
@@ -103,7 +106,7 @@ def test_counted_operations_of_prefill():
     model = tiny_model()
     inputs = benchmark.random_inputs(model, model.config.pruning, frames=2, batch=1, text=30, seed=0)
     tokens, text = inputs["input_ids"].shape[1], model.config.text_config
-    operations, _ = benchmark.count_operations(model, inputs)
+    operations, _ = count_operations(model, inputs)
     width, mlp = text.hidden_size, text.intermediate_size
     layer = 3 * tokens * width**2 + 3 * tokens * width * mlp + 2 * tokens**2 * width
     # 4.57 also counts the angles of the rotary positions.
@@ -112,10 +115,55 @@ def test_counted_operations_of_prefill():
 
 def test_the_paper_formula_at_the_true_size():
     """The paper's 29.211 and 2.712 for LLaVA-NeXT-Video, 8 frames, with the text lengths of `test_tflops.py`."""
-    layers = shape_config(SHAPES["llava-next-video-7b"]).text_config.num_hidden_layers
+    config = shape_config(SHAPES["llava-next-video-7b"])
+    nothing = PruningConfig(method="none")
     for visual, published in ((4608, 29.211), (464, 2.712)):
-        mean = sum(benchmark.prefill(visual, text, layers) for text in (64, 57)) / 2
-        assert mean == pytest.approx(published, abs=1e-3)
+        mean = sum(formula(config, nothing, visual, visual, text) for text in (64, 57)) / 2
+        assert mean / 1e12 == pytest.approx(published, abs=1e-3)
+
+
+def test_the_formula_where_tokens_leave_inside():
+    """FastV at its paper's layer 2 of 32, by hand."""
+    config = shape_config(SHAPES["llava-next-video-7b"])
+    layer = lambda tokens: 4 * tokens * 4096**2 + 2 * tokens**2 * 4096 + 2 * tokens * 4096 * 11008  # noqa: E731
+    fastv = formula(config, PruningConfig(method="fastv", keep_ratio=0.25), 1152, 1152, 60)
+    assert fastv == pytest.approx(2 * layer(1152 + 60) + 30 * layer(288 + 60))
+    assert formula(config, PruningConfig(method="vtw"), 1152, 1152, 60) == pytest.approx(15 * layer(1212) + 17 * layer(60))
+    two = PruningConfig(method="divprune", keep_ratio=0.5, inner_method="fastv", inner_keep_ratio=0.25)
+    assert formula(config, two, 576, 1152, 60) == pytest.approx(2 * layer(576 + 60) + 30 * layer(288 + 60))
+    assert formula(config, two.with_changes(keep_ratio=0.1), 115, 1152, 60) == pytest.approx(32 * layer(115 + 60))
+
+
+@pytest.mark.parametrize("method", ["fastv", "dart", "vtw"])
+def test_counted_operations_where_tokens_leave_inside(method):
+    """As the formula has it, but for the key and value heads and the third MLP matrix; and no stage is missing."""
+    model = tiny_model()
+    text, number = model.config.text_config, model.config.text_config.num_hidden_layers
+    model.config.pruning = pruning = PruningConfig(method=method, keep_ratio=0.25, inner_layer=1)
+    inputs = benchmark.random_inputs(model, pruning, frames=4, batch=1, text=30, seed=0)
+    whole, width, mlp = inputs["input_ids"].shape[1], text.hidden_size, text.intermediate_size
+    visual = whole - 30
+    layer = lambda tokens: 3 * tokens * width**2 + 3 * tokens * width * mlp + 2 * tokens**2 * width  # noqa: E731
+    first, stay = pruning.first_inner_layer(number), pruning.inner_count(visual) + 30
+    operations, cache = count_operations(model, inputs)
+    chosen = whole * width  # the attention of one token, at most
+    assert operations["prefill"] == pytest.approx(2 * (first * layer(whole) + (number - first) * layer(stay)), abs=8 * chosen, rel=2e-3)
+    assert [layer.get_seq_length() for layer in cache.layers[:number]] == [whole] * first + [stay] * (number - first)
+
+
+def test_a_method_inside_the_language_model_in_the_tables(monkeypatch, tmp_path):
+    text = LlamaConfig(**{**TEXT_SIZES, "num_hidden_layers": 3}, max_position_embeddings=2048)
+    model = random_model(tiny_config(text_config=text), torch.float32, "cpu", "sdpa")
+    model.generation_config.pad_token_id = 0
+    monkeypatch.setattr(benchmark, "load", lambda args: (model, None))
+    output = tmp_path / "inside"
+    call(*QUICK, "--ratios", 0.5, 0.25, "--methods", "fastv", "vtw", "--output", output)
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert [(row["method"], row["keep_ratio"]) for row in report["rows"][1:]] == [("fastv", 0.5), ("fastv", 0.25), ("vtw", 0.5)]
+    assert [row["inner_tokens"] for row in report["rows"]] == [None, POOLED, POOLED // 2, 0]
+    table = output.with_suffix(".md").read_text()
+    assert f"| fastv 0.25 | 2, pooled | 1 | {2 * POOLED}, then {POOLED // 2} |" in table and "| vtw | 2, pooled |" in table
+    assert all(value > 0 for row in report["rows"] for value in row["samples"]["prefill"])
 
 
 def test_results_survive_a_round_trip(report, tmp_path, capsys):

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from benchmarking.operations import ratio_of_operations
 from evaluation.log import answers_path, claimed, code_fingerprint
 from evaluation.questions import CONSTANT_QUERY, OtherQuery, Questions
 from evaluation.report import interval, mark_fronts, pareto_front, score
 from evaluation.settings import as_setting
+from hypothesis import given
+from hypothesis import strategies as st
 from places import ROOT
 from rediprune.configuration_rediprune import PruningConfig
 from repository import FeatureMemory, keep_ratio
@@ -404,9 +407,8 @@ def test_times_include_the_vision_tower_and_are_kept(monkeypatch, tmp_path, coun
     count_answers.batches.clear()
     report = evaluate(tmp_path / "a", *arguments, "--time", 1, "--plots")
     batches = count_answers.batches
-    assert len(batches) == 3 * 2 and encoded == [
-        8 * questions for questions in batches
-    ]  # every frame of every question
+    # Every frame of every question, after the one whose operations are counted.
+    assert len(batches) == 3 * 2 and encoded[-6:] == [8 * questions for questions in batches]
     assert all(row["time"]["rounds"] == 1 and row["time"]["seconds_per_question"] > 0 for row in report["rows"])
     assert all((tmp_path / f"a.video-{name}.png").stat().st_size > 1000 for name in ("tokens", "time"))
     assert "the vision tower included" in (tmp_path / "a.md").read_text()
@@ -417,8 +419,50 @@ def test_times_include_the_vision_tower_and_are_kept(monkeypatch, tmp_path, coun
 
 def test_visual_tokens_are_counted(loaded):
     processor = loaded[1]
-    assert Questions("video", 1).visual_tokens(processor, 1.0) == 8 * 36
-    assert Questions("video", 1).visual_tokens(processor, 0.25) == 8 * 9
+    assert Questions("video", 1).visual_tokens(processor, 1.0, 0) == 8 * 36
+    assert Questions("video", 1).visual_tokens(processor, 0.25, 2) == 8 * 9
+
+
+@pytest.mark.slow
+def test_costs_of_what_leaves_inside_the_language_model(tmp_path):
+    two_stages = "uniform,inner_method=fastv,inner_keep_ratio=0.125"
+    arguments = ["--scenes", 1, "--kinds", "video", "--threads", 1]
+    rows = evaluate(tmp_path / "a", *arguments, "--ratios", 0.25, "--settings", "uniform", "fastv", "vtw", two_stages)["rows"]
+    told = {row["setting"]: (row["keep_ratio"], row["visual_tokens"], row["inner_tokens"]) for row in rows}
+    assert told == {
+        "unpruned": (1, 288, None),
+        "uniform": (0.25, 72, None),
+        "fastv": (0.25, 288, 72),
+        two_stages: (0.25, 72, 36),
+        "vtw": (0, 288, 0),  # once, whatever the ratios are
+    }
+    shares = {row["setting"]: row["share_of_operations"] for row in rows}
+    assert shares["unpruned"] == 1
+    assert shares[two_stages] < shares["uniform"] < shares["fastv"] < 0.6  # two of five layers see all tokens
+    assert "| fastv | 0.25 | 288.0, then 72.0 |" in (tmp_path / "a.md").read_text()
+
+
+@pytest.mark.slow
+def test_equal_operations(tmp_path, capsys):
+    two_stages = "uniform,inner_method=fastv,inner_keep_ratio=0.05"
+    arguments = ["--scenes", 1, "--kinds", "video", "--threads", 1, "--operations", 0.5, 0.3]
+    rows = evaluate(tmp_path / "a", *arguments, "--settings", "uniform", "fastv", two_stages)["rows"]
+    told = [row["setting"] for row in rows]
+    assert told == ["unpruned", "uniform", "fastv", two_stages, "uniform", two_stages]
+    assert "fastv cannot take 0.3 of the unpruned operations: left out" in capsys.readouterr().err
+    by_formula_and_counted = zip([0.5, 0.5, None, 0.3, 0.3], rows[1:])
+    assert all(abs(row["share_of_operations"] - share) < 0.02 for share, row in by_formula_and_counted if share)
+    assert rows[3]["keep_ratio"] == 1 and rows[3]["share_of_operations"] < 0.5  # with a second stage it never takes half
+
+
+@given(st.floats(0.001, 0.999), st.floats(0, 0.5))
+def test_the_ratio_of_a_number_of_operations(share, fixed):
+    operations = lambda ratio: fixed + (1 - fixed) * (ratio + ratio**2) / 2  # noqa: E731
+    ratio = ratio_of_operations(share, operations)
+    if ratio is None:
+        assert operations(1e-4) > share
+    else:
+        assert operations(ratio) <= share < operations(ratio + 1e-4)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
