@@ -319,6 +319,11 @@ class QwenConfigMixin(PrunedConfigMixin):
                 f"pruning key 'positions' is {pruning.positions!r}, but positions of {cls.base_model_type!r} are the coordinates of a token "
                 "in its picture, which are never moved. Leave it at None, or set it to 'original'."
             )
+        if pruning.distance_bias:
+            raise ValueError(
+                f"pruning key 'distance_bias' is true, but positions of {cls.base_model_type!r} have three numbers, between which no "
+                "distance is defined here. Leave distance_bias at false."
+            )
         if pruning.inner_name is not None:
             raise ValueError(
                 f"{pruning.inner_name!r} leaves visual tokens behind inside the language model, which works with positions of one number "

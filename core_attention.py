@@ -1,9 +1,10 @@
-"""Proportional attention: a kept token weighs in attention as much as all the tokens that it stands for.
+"""Biases of attention: by how many tokens a kept one stands for, and by how far two tokens are apart.
 
 Pruning changes what attention averages over: of eight tokens of one circle and twenty of the background, two and one may stay.
 If token j stands for s_j equal tokens, adding log s_j to every logit of its column gives what the softmax over all of them gave.
 This is ToMe's (arXiv 2210.09461, Sec. 3), which merges tokens in a vision transformer; for pruned vision-language models PACT has
-it as an option, and RESTORE (arXiv 2606.01711) as a part of its bias.
+it as an option, and RESTORE (arXiv 2606.01711) as a part of its bias. The other part is by distance, and is to give back what
+tokens far from the question lose in rotary attention.
 """
 
 import threading
@@ -21,31 +22,56 @@ SPARE_CHANNELS, MOST_CHANNELS = 8, 256  # flash attention takes heads of a multi
 _REGISTERING = threading.Lock()
 
 
-def biased_mask(attention_mask, bias: torch.Tensor, tokens: torch.Tensor, cache=None, cache_position=None):
+def distance_bias(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """
+    RESTORE's bias of each pair of tokens: log(2 - mean over f of cos((p_i - p_j) w_f)), which is 0 at distance 0 and grows with it.
+
+    The released code has the frequencies of one model written in; here they are those of the model's own rotary embedding.
+
+    Args:
+        positions: (B, T) those of the rotary embedding.
+        frequencies: (d / 2,) w, in radians a position.
+
+    Returns:
+        (B, T, T) fp32.
+    """
+    angles = positions[..., None].float() * frequencies.float().to(positions.device)
+    cosines, sines = angles.cos(), angles.sin()
+    mean = (cosines @ cosines.mT + sines @ sines.mT) / len(frequencies)
+    return (2 - mean).clamp_min(1).log()
+
+
+def biased_mask(attention_mask, bias, tokens: torch.Tensor, cache=None, cache_position=None, pairs=None):
     """
     The mask of an attention whose logits get a bias for each column.
 
     Args:
         attention_mask: what the language model would get: `None`, (B, cached + T) with zeros for padding, (B, 1, T, K) bool or
             additive, or a dictionary of those.
-        bias: (B, n) fp32, log s of the first n tokens of the text; of all others it is 0.
+        bias: (B, n) fp32, log s of the first n tokens of the text; of all others it is 0. `None` = of all.
         tokens: (B, T, H) the embeddings of this pass.
         cache: the cache, if there is one.
         cache_position: (T,) places of this pass among the tokens of the text, where they are known.
+        pairs: (B, T, T) fp32, a bias of each pair of tokens of this pass, or `None`.
 
     Returns:
         (B, 1, T, K) additive, in the dtype of `tokens`, or a dictionary; K is the length of the keys, which is that of the
         text, or all of a static cache.
     """
     if isinstance(attention_mask, dict):
-        return {kind: biased_mask(mask, bias, tokens, cache, cache_position) for kind, mask in attention_mask.items()}
+        return {kind: biased_mask(mask, bias, tokens, cache, cache_position, pairs) for kind, mask in attention_mask.items()}
     if attention_mask is None or attention_mask.dim() == 2:
         attention_mask = _causal_mask(attention_mask, tokens, cache, cache_position)
     least = torch.finfo(tokens.dtype).min
     if attention_mask.dtype == torch.bool:
         attention_mask = torch.zeros_like(attention_mask, dtype=tokens.dtype).masked_fill(~attention_mask, least)
-    columns = F.pad(bias, (0, attention_mask.shape[-1] - bias.shape[1])).to(attention_mask)
-    return (attention_mask + columns[:, None, None]).clamp_min(least)
+    length = attention_mask.shape[-1]
+    if bias is not None:
+        attention_mask = attention_mask + F.pad(bias, (0, length - bias.shape[1])).to(attention_mask)[:, None, None]
+    if pairs is not None:
+        before, number = cached_tokens(cache, cache_position), tokens.shape[1]
+        attention_mask = attention_mask + F.pad(pairs, (before, length - before - number)).to(attention_mask)[:, None]
+    return attention_mask.clamp_min(least)
 
 
 def _causal_mask(padding: Optional[torch.Tensor], tokens: torch.Tensor, cache, cache_position) -> torch.Tensor:
@@ -108,7 +134,7 @@ def let_kernel_take_bias(attention: str) -> None:
             AttentionInterface.register(attention, BiasedKernel(kernel))
 
 
-def weighed(attention: str, attention_mask, sizes, tokens: torch.Tensor, cache=None, cache_position=None) -> tuple:
+def weighed(attention: str, attention_mask, sizes, tokens: torch.Tensor, cache=None, cache_position=None, pairs=None) -> tuple:
     """
     What a pass over tokens (B, T, H) is given so that columns weigh as much as their sizes.
 
@@ -116,15 +142,16 @@ def weighed(attention: str, attention_mask, sizes, tokens: torch.Tensor, cache=N
         attention: the attention implementation.
         attention_mask: as in `biased_mask`.
         sizes: (B, n) fp32, how many tokens each of the first n stands for; `None` = one for all of them.
+        pairs: as in `biased_mask`; for kernels that take masks alone.
 
     Returns:
         the mask, and further arguments of the attention layers.
     """
-    if sizes is None:
+    if sizes is None and pairs is None:
         return attention_mask, {}
-    bias = sizes.to(tokens.device).clamp_min(1).log()
+    bias = None if sizes is None else sizes.to(tokens.device).clamp_min(1).log()
     if takes_masks(attention):
-        return biased_mask(attention_mask, bias, tokens, cache, cache_position), {}
+        return biased_mask(attention_mask, bias, tokens, cache, cache_position, pairs), {}
     let_kernel_take_bias(attention)
     return attention_mask, {"key_bias": bias}
 
@@ -133,13 +160,21 @@ def check_attention(config, pruning) -> None:
     """Raises ValueError where the attention of the language model cannot do what the pruning block of a call asks for."""
     text_config = config.text_config
     attention = text_config._attn_implementation or ""
-    if not pruning.resolved("proportional_attention"):
+    keys = [key for key in ("proportional_attention", "distance_bias") if pruning.resolved(key)]
+    if not keys:
         return
     if getattr(text_config, "sliding_window", None):
         raise ValueError(
-            "proportional_attention works with full attention alone, but the language model has sliding_window="
-            f"{text_config.sliding_window}; set proportional_attention to false."
+            f"{keys[0]} works with full attention alone, but the language model has sliding_window={text_config.sliding_window}; "
+            f"set {keys[0]} to false."
         )
+    if "distance_bias" in keys and not takes_masks(attention):
+        raise ValueError(
+            f"distance_bias is another number for each pair of tokens, which attn_implementation={attention!r} does not take; load the "
+            "model with attn_implementation='sdpa', or set distance_bias to false."
+        )
+    if keys == ["distance_bias"]:
+        return
     width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     if "flash" in attention and width + SPARE_CHANNELS > MOST_CHANNELS:
         raise ValueError(

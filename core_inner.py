@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .core_attention import weighed
+from .core_attention import distance_bias, weighed
 from .core_cache import cached_tokens
 from .hub_versions import CACHE_NAME, CROPS_TO_LENGTH, causal_mask, layer_states
 from .methods_base import InnerTokens
@@ -91,7 +91,7 @@ def read_inner(cache, num_layers: int) -> Optional[InnerRecord]:
 
 
 def run_layers(
-    language_model, first: int, last: int, states, position_ids, cache, attention_mask, sizes, collected=None
+    language_model, first: int, last: int, states, position_ids, cache, attention_mask, sizes, by_distance=False, collected=None
 ):
     """
     The states (B, T, H) behind layers `first` to `last - 1` of a decoder, which append their keys and values to the cache.
@@ -102,12 +102,14 @@ def run_layers(
         cache: a `Cache` with all of its layers.
         attention_mask: (B, cached + T), 0 for padding, or `None`.
         sizes: (B, n) fp32, how many tokens each of the first n stands for, or `None`.
+        by_distance: whether attention among these tokens gets `distance_bias`.
         collected: a list that the states before each layer are appended to.
     """
     config, whole = language_model.config, cache
     cache = copy.copy(whole)  # asked for its length, it tells that of these layers
     cache.layers = [whole.layers[first]] * first + whole.layers[first:]
-    attention_mask, extra = weighed(config._attn_implementation, attention_mask, sizes, states, cache)
+    pairs = distance_bias(position_ids, language_model.rotary_emb.inv_freq) if by_distance else None
+    attention_mask, extra = weighed(config._attn_implementation, attention_mask, sizes, states, cache, pairs=pairs)
     mask = causal_mask(config, states, attention_mask, cache, position_ids)
     places = language_model.rotary_emb(states, position_ids)
     for layer in language_model.layers[first:last]:
@@ -153,7 +155,8 @@ def two_part_forward(
             f"{call.pruning.first_inner_layer(num_layers)} now; set inner_layer to {first}, or start with a new cache."
         )
     shorten_layers(cache, first, num_layers)
-    shared = (position_ids, cache, attention_mask, sizes, collected)
+    by_distance = call is not None and call.pruning.distance_bias
+    shared = (position_ids, cache, attention_mask, sizes, by_distance, collected)
     before = run_layers(language_model, 0, first - 1, embeds, *shared)
     states = run_layers(language_model, first - 1, first, before, *shared)
     places = torch.arange(number, device=states.device).expand(batch, -1)
@@ -170,7 +173,7 @@ def two_part_forward(
         new = torch.ones_like(visible, dtype=torch.float32) if new_sizes is None else new_sizes.gather(1, places)
         sizes = torch.cat([old, new], dim=1)
     mask = torch.cat([record.visible, visible], dim=1)
-    shared = (position_ids.gather(1, places), cache, mask.long(), sizes, collected)
+    shared = (position_ids.gather(1, places), cache, mask.long(), sizes, by_distance, collected)
     states = run_layers(language_model, first, num_layers, states, *shared)
     _write_record(cache.layers[num_layers + 1], mask, sizes)
     states = language_model.norm(states)
@@ -246,9 +249,17 @@ class _LayerBefore(NamedTuple):
             attention = self.attention_of_question(keys, is_question)[:, -number:]
             found["attention"] = self.sum_of_heads(attention) / self.language_model.config.num_attention_heads
         if "norms" in required:
-            found["norms"] = self.sum_of_heads(keys[:, :, -number:].float().abs().sum((1, 3)))
+            found["norms"] = self.sum_of_heads(self.keys_from_zero(keys)[:, :, -number:].float().abs().sum((1, 3)))
             found["final_states"] = self.language_model.norm(states)
         return found
+
+    def keys_from_zero(self, keys) -> torch.Tensor:
+        """The keys (B, g, n, d) where each prompt begins at position 0: sums of absolute values are not the same at all positions."""
+        if keys.shape[2] > self.before.shape[1]:
+            return keys  # the prompt began in an earlier pass
+        start = self.attention_mask.argmax(1, keepdim=True)  # padding takes positions where a caller gives none
+        cos, sin = self.language_model.rotary_emb(self.before, self.position_ids.gather(1, start))
+        return rotated(keys.flatten(1, 2), cos[:, 0], -sin[:, 0]).view(keys.shape)
 
     def attention_of_question(self, keys, is_question) -> torch.Tensor:
         """(B, cached + T) fp32: what the last token of each question attends to in this layer, summed over the heads that are here."""

@@ -5,7 +5,7 @@ from inspect import signature
 
 import torch
 
-from .core_attention import let_kernel_take_bias, takes_masks, weighed
+from .core_attention import distance_bias, let_kernel_take_bias, takes_masks, weighed
 from .core_cache import TokenRecord, all_sizes, cached_tokens, read_record, write_record
 from .core_inner import check_two_part_call, dynamic_cache, read_inner, two_part_forward
 from .core_layout import images_of_prompts
@@ -62,7 +62,9 @@ class LanguageForwardMixin:
         """The forward pass of the stock class."""
         return super().forward(**inputs, return_dict=True)
 
-    def run_language_model(self, prompt, attention_mask, position_ids, stock, record=None, shift=None, inner=None):
+    def run_language_model(
+        self, prompt, attention_mask, position_ids, stock, record=None, shift=None, inner=None, by_distance=False
+    ):
         """
         The stock forward pass, at the positions and with the token sizes that are recorded in the cache and in `record`.
 
@@ -72,6 +74,7 @@ class LanguageForwardMixin:
             record: the `TokenRecord` of the prompt; `None` = nothing was skipped in it, and each token stands for itself.
             shift: that of `place_in_unpruned`; `None` = no token is moved.
             inner: the [`InnerCall`] of a prompt that visual tokens leave inside the language model.
+            by_distance: whether attention among the tokens of this pass gets `distance_bias`.
         """
         cache, places = stock[CACHE_NAME], stock.get("cache_position")
         num_layers = self.config.text_config.num_hidden_layers
@@ -95,7 +98,12 @@ class LanguageForwardMixin:
             embeds = tokens
             if sizes is not None and not tokens.is_floating_point():
                 embeds = self.get_input_embeddings()(tokens)
-            attention_mask, extra = weighed(attention, attention_mask, sizes, embeds, cache, places)
+            pairs = None
+            if by_distance:
+                columns = torch.arange(tokens.shape[1])[None] if position_ids is None else position_ids
+                columns = columns.to(tokens.device).expand(len(tokens), -1)
+                pairs = distance_bias(columns, self.model.language_model.rotary_emb.inv_freq)
+            attention_mask, extra = weighed(attention, attention_mask, sizes, embeds, cache, places, pairs)
             if not takes_masks(attention) and sizes is None and (cached is not None or record is not None):
                 let_kernel_take_bias(attention)  # which hides the gaps between positions from it
                 extra = {"key_bias": tokens.new_empty(0)}

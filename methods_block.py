@@ -37,6 +37,8 @@ class PruningConfig:
         time_weight (`float`, *optional*): what the whole length of a video adds to that distance, in [0, 1e6].
         proportional_attention (`bool`, *optional*): a kept token weighs in the language model's attention as much as all
             tokens that it stands for.
+        distance_bias (`bool`, defaults to `False`): in the pass of a pruned prompt, attention logits grow with the distance between
+            two of its tokens (the distance term of RESTORE, arXiv 2606.01711).
         merge_weight (`float`, *optional*): how far a kept token's features move to the mean of all tokens that it stands for, in
             [0, 1].
         query_weighting (`str`, defaults to `"exponential"`): how text embeddings become one query vector (paper,

@@ -104,6 +104,7 @@ SHARED = {
     "distance": choice(None, ("features", "projected")),
     "time_weight": number(None, 0, LARGEST_WEIGHT),
     "proportional_attention": switch(None),
+    "distance_bias": switch(False),
     "merge_weight": number(None, 0, 1),
     "query_weighting": choice("exponential", (*QUERY_WEIGHTINGS, "none")),
     "query_max_tokens": integer(128, 1),

@@ -40,6 +40,7 @@ def _against(base: dict, row: dict, report: dict) -> dict:
     """Ratios of one row to the unpruned one; those of times are taken round by round."""
     # Layers of the true language model for each that was measured.
     layer_factor = report["layers"]["language_of"] / report["layers"]["language"]
+    same_layers = row.get("inner_tokens") is None or layer_factor == 1  # as many tokens in those that were left out
 
     def rounds(stage):
         return list(zip(base["samples"][stage], row["samples"][stage]))
@@ -59,11 +60,13 @@ def _against(base: dict, row: dict, report: dict) -> dict:
         "end_to_end_speedup": spread([before / after for before, after in rounds("end to end")]),
         "scaled_end_to_end_speedup": spread(
             [before / after for before, after in zip(all_layers(base["samples"]), all_layers(row["samples"]))]
-        ),
+        )
+        if same_layers
+        else None,
         "prefill_operations_ratio": operations,
         "formula_ratio": base["paper_prefill_multiply_adds"] / row["paper_prefill_multiply_adds"],
         "share_of_limit": speedup["median"] / operations,
-        "selection_share_of_saving": selection / saved if saved > 0 and row is not base else None,
+        "selection_share_of_saving": selection / saved if saved > 0 and same_layers and row is not base else None,
     }
 
 
@@ -256,4 +259,7 @@ def _savings(ratios: dict, scaled: bool) -> list:
         factor(ratios["end_to_end_speedup"]),
         "-" if share is None else f"{share:.2%}",
     ]
-    return [*cells, factor(ratios["scaled_end_to_end_speedup"])] if scaled else cells
+    if not scaled:
+        return cells
+    speedup = ratios["scaled_end_to_end_speedup"]
+    return [*cells, "-" if speedup is None else factor(speedup)]

@@ -89,6 +89,11 @@ class PrunedConfig(VerifyAndUpdateConfig):
                 f"{pruning.inner!r} leaves visual tokens behind inside the language model, but here all layers share the places of "
                 "one cache. Set pruning.method to one that prunes before the language model, and pruning.inner_method to null."
             )
+        if pruning.drops_tokens and pruning.distance_bias:
+            raise ValueError(
+                "distance_bias adds a number for each pair of tokens to attention, which its kernels here do not take. Set "
+                "pruning.distance_bias to false in config.json."
+            )
         if pruning.prunes and pruning.resolved("proportional_attention"):
             refuse(
                 {

@@ -25,6 +25,12 @@ REFUSED = {
         {"kv_cache_dtype": "fp8", "hf_overrides": {"pruning": {"method": "rediprune_plus"}}},
         "proportional_attention",
     ),
+    "inside the language model": ({"hf_overrides": {"pruning": {"method": "fastv"}}}, "'fastv' leaves visual tokens behind"),
+    "a second stage": (
+        {"hf_overrides": {"pruning": {"method": "divprune", "inner_method": "dart", "inner_keep_ratio": 0.1}}},
+        "'dart' leaves visual tokens behind",
+    ),
+    "distance bias": ({"hf_overrides": {"pruning": {"distance_bias": True}}}, "Set pruning.distance_bias to false"),
     "rotary angles": (
         {
             "hf_overrides": {
