@@ -1,7 +1,7 @@
 """Random prompts on small random models, each checked against a plain second implementation.
 
-A case draws a method and its settings, a batch of prompts with images and videos in any order, padding, and what is done
-with a cache. What is checked:
+A case draws a method that prunes before the language model, its settings, a batch of prompts with images and videos in any
+order, padding, and what is done with a cache. What is checked:
 
 - as many placeholders and kept tokens as the definition says; kept indices in range, ascending and none twice;
 - a row keeps the same tokens alone and in its batch;

@@ -125,7 +125,7 @@ def _draw_ratio(rng) -> float:
 def _draw_pruning(rng) -> dict:
     """A pruning block that the configuration takes."""
     make = code_module("configuration_rediprune").PruningConfig
-    methods = list(code_module("methods_registry").METHODS)
+    methods = [name for name, method in code_module("methods_registry").METHODS.items() if method.inner is None]
     method = methods[rng.integers(len(methods))]
     while True:
         block = {"method": method, "keep_ratio": _draw_ratio(rng)}
