@@ -13,6 +13,8 @@ Examples:
     python scripts/benchmark.py --shape llava-next-video-7b --device cuda --frames 8 16 --video-pooling true false
     python scripts/benchmark.py --shape llava-1.5-7b --device cuda
     python scripts/benchmark.py --shape llava-onevision-7b --device cuda --frames 32
+    python scripts/benchmark.py --shape qwen2.5-vl-7b --device cuda --frames 32
+    python scripts/benchmark.py --shape llava-next-video-7b --device cuda --methods fastv dart rediprune
     python scripts/benchmark.py --selection --threads 2 --output docs/results/selection
     python scripts/benchmark.py --from runs/tiny.json --output runs/tiny --plots
 """
@@ -20,6 +22,7 @@ Examples:
 import argparse
 import itertools
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -48,6 +51,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 UNPRUNED = "unpruned"
+PATCHES_OF_SIDE = 24  # of the frames of a model that takes any size: as many tokens as LLaVA-NeXT-Video's after its pooling
 FIRST_WORD = 10  # random words come after the special tokens of the vocabularies
 TEXT_BEFORE = 20  # of the words of a prompt, so many stand before the video; the rest is the question
 
@@ -164,24 +168,34 @@ def pruning_of(model, cell: dict):
 
 
 def medium_of(model, pruning, frames: int) -> tuple:
-    """The layout of a video, or of an image where the model takes no videos, its placeholder, name and shape of pixels."""
+    """
+    Of a video, or of an image where the model takes no videos: layout, placeholder, name and shape of the pixels, and the grid of
+    patches where that is what the model takes.
+    """
     config = model.config
     size = getattr(config.vision_config, "image_size", None)
     if size is None:
-        raise ValueError(f"{config.model_type} takes pictures of any size as patches, which no random medium here has")
+        vision = config.vision_config
+        steps, rest = divmod(frames, vision.temporal_patch_size)
+        if rest:
+            raise ValueError(f"{config.model_type} sees {vision.temporal_patch_size} frames at once, which {frames} are not a multiple of")
+        grid = (steps, PATCHES_OF_SIDE, PATCHES_OF_SIDE)
+        layout = model.layout_class.video(model.frame_size, grid)
+        channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return layout, config.video_token_id, "pixel_values_videos", (math.prod(grid), channels), grid
     if config.takes_videos:
         layout = model.layout_class.video(model.frame_size, frames, pruning)
-        return layout, config.video_token_id, "pixel_values_videos", (frames, 3, size, size)
+        return layout, config.video_token_id, "pixel_values_videos", (frames, 3, size, size), None
     if hasattr(config, "image_grid_pinpoints"):
         raise ValueError(f"{config.model_type} cuts its images into tiles, which no random medium here has")
     layout = model.layout_class.image(model.frame_size, (size, size))
-    return layout, config.image_token_id, "pixel_values", (3, size, size)
+    return layout, config.image_token_id, "pixel_values", (3, size, size), None
 
 
 def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int) -> dict:
     """A prompt of random words around one random video or image in every row."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
-    layout, token, name, shape = medium_of(model, pruning, frames)
+    layout, token, name, shape, grid = medium_of(model, pruning, frames)
     placeholders = {config.image_token_id, token}
     words = torch.tensor(
         [word for word in range(FIRST_WORD, config.text_config.vocab_size) if word not in placeholders]
@@ -190,7 +204,10 @@ def random_inputs(model, pruning, frames: int, batch: int, text: int, seed: int)
     medium = torch.full((batch, layout.num_placeholders(pruning)), token)
     ids = torch.cat([words[:, :TEXT_BEFORE], medium, words[:, TEXT_BEFORE:]], dim=1).to(model.device)
     pixels = torch.randn((batch, *shape), generator=generator).to(model.device, model.dtype)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), name: pixels}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), name: pixels}
+    if grid is not None:
+        inputs |= {name: pixels.flatten(0, 1), "video_grid_thw": torch.tensor([grid] * batch, device=model.device)}
+    return inputs
 
 
 @torch.inference_mode()
@@ -216,7 +233,7 @@ def measure_once(model, inputs: dict, new_tokens: int) -> dict:
 def second_question(model, inputs: dict, new_tokens: int) -> float:
     """Seconds end to end where the media were encoded for an earlier question."""
     encoded = model.encode_media(**inputs)
-    text = {name: values for name, values in inputs.items() if not name.startswith("pixel_values")}
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     timer = StageTimer(model)
     start = timer.clock()
     generate(model, {**text, "encoded_media": encoded}, new_tokens)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from benchmarking.shapes import LANGUAGE, SHAPES, random_model, shape_config  # noqa: E402
+from benchmarking.shapes import SHAPES, random_model, shape_config  # noqa: E402
 
 FRAMES = 8
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -35,32 +35,6 @@ RUNS = {
     "qwen2_5_vl": [("image", 0.1, {}), ("video", 0.15, {})],
     "qwen3_vl": [("image", 0.1, {}), ("video", 0.15, {})],
 }
-# Of Qwen2.5-VL-7B and Qwen3-VL-8B; of their towers four layers run.
-QWEN = {
-    "qwen2_5_vl": {
-        "text_config": {**LANGUAGE["qwen2"][1], "num_hidden_layers": 2},
-        "vision_config": {
-            "depth": 4,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "out_hidden_size": 3584,
-            "fullatt_block_indexes": [3],
-        },
-    },
-    "qwen3_vl": {
-        "text_config": {
-            "vocab_size": 151936,
-            "hidden_size": 4096,
-            "intermediate_size": 12288,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 262144,
-        },
-        "vision_config": {"depth": 4, "out_hidden_size": 4096, "deepstack_visual_indexes": [1, 2, 3]},
-    },
-}
 TOKENS = {
     "image": 32000,
     "video": 32001,
@@ -69,14 +43,11 @@ TOKENS = {
 
 def build_config(family):
     """The published sizes, the language model cut to two layers."""
-    if family.has_mrope:
-        parts = QWEN[family.name]
-        rope = {"rope_type": "default", "mrope_section": [24, 20, 20] if family.has_timestamps else [16, 24, 24]}
-        return family.config_class(**{**parts, "text_config": {**parts["text_config"], "rope_scaling": rope}})
     for shape in SHAPES.values():
         if shape.family == family.name:
-            # SigLIP alone would take minutes.
-            return shape_config(shape, layers=2, vision_layers=4 if shape.vision == "siglip" else None)
+            # Towers other than CLIP would take minutes; of Qwen2.5-VL's layers each eighth sees all patches.
+            vision_layers = {"clip": None, "qwen2.5": 8, "qwen3": 9}.get(shape.vision, 4)
+            return shape_config(shape, layers=2, vision_layers=vision_layers)
     config = shape_config(SHAPES["llava-next-video-7b"], layers=2)
     parts = {"text_config": config.text_config, "vision_config": config.vision_config}
     if family.name == "video_llava":
@@ -116,14 +87,6 @@ def build_processor(family, config):
     return family.processor_class(**parts, tokenizer=tokenizer, **sizes)
 
 
-def build_model(family, config):
-    """Random weights; towers with positions of their own are made as they are, and not on the meta device first."""
-    if not family.has_mrope:
-        return random_model(config)
-    torch.set_default_dtype(torch.bfloat16)
-    return family.model_class(config).eval()
-
-
 def measure(model, inputs) -> dict:
     projected = []
     projector = getattr(model.model, "multi_modal_projector", torch.nn.Identity())  # Qwen's is a part of its tower
@@ -143,7 +106,7 @@ def measure(model, inputs) -> dict:
 def main(name: str, report: str) -> None:
     (family,) = [family for family in FAMILIES if family.name == name]
     config = build_config(family)
-    model, processor = build_model(family, config), build_processor(family, config)
+    model, processor = random_model(config), build_processor(family, config)
     generator, side = np.random.default_rng(0), getattr(config.vision_config, "image_size", 336)
     media = {
         "image": Image.fromarray(generator.integers(0, 256, (480, 640, 3), dtype=np.uint8)),

@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import benchmark
 import pytest
@@ -19,6 +20,7 @@ from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rediprune.configuration_rediprune import PruningConfig
+from rediprune.core_layout import PatchSize, Qwen3Layouts, QwenLayouts
 from rediprune.ops_selection import select_rediprune
 from repository import StageTimer, write_whole
 from tiny import PATCHES, POOLED, TEXT_SIZES, tiny_config, tiny_model
@@ -370,7 +372,7 @@ def test_shapes():
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(7.06e9, rel=1e-3)
     cut = shape_config(SHAPES["llava-1.5-7b"], layers=3, vision_layers=2)
     assert (cut.text_config.num_hidden_layers, cut.vision_config.num_hidden_layers) == (3, 2)
-    assert [SHAPES[name].family for name in SHAPES] == ["llava_next_video", "llava", "llava_onevision"]
+    assert [SHAPES[name].family for name in SHAPES] == ["llava_next_video", "llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -380,11 +382,30 @@ def test_every_family_is_measured_with_a_medium_that_it_takes(family, monkeypatc
     call(*QUICK, "--ratios", 0.25, "--json")
     report = json.loads(capsys.readouterr().out)
     unpruned, pruned = report["rows"]
-    if family.name == "llava_next" or family.has_mrope:
-        assert ("takes pictures of any size" if family.has_mrope else "cuts its images into tiles") in pruned["error"]
+    if family.name == "llava_next":
+        assert "cuts its images into tiles" in pruned["error"]
         return
     assert report["medium"] == family.kinds[-1] and pruned["visual_tokens"] < unpruned["visual_tokens"] / 3
     assert ("one image" in markdown(report)) == (family.name == "llava")
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
+def test_the_shapes_of_qwen(name):
+    """The tokens of a frame are as many as LLaVA-NeXT-Video's; a tower that is cut keeps what its layers do apart from it."""
+    shape, whole = SHAPES[name], shape_config(SHAPES[name])
+    cut = shape_config(shape, layers=2, vision_layers=9)
+    assert (cut.text_config.num_hidden_layers, cut.vision_config.depth) == (2, 9)
+    assert (whole.text_config.num_hidden_layers, whole.vision_config.depth) == (shape.layers, shape.vision_layers)
+    if name == "qwen3-vl-8b":
+        assert cut.vision_config.deepstack_visual_indexes == [2, 5, 8]
+    else:
+        assert cut.vision_config.fullatt_block_indexes == [7] and whole.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
+    pruning = PruningConfig(keep_ratio=0.25, scope="frame")
+    model = SimpleNamespace(config=whole, frame_size=PatchSize(2), layout_class=Qwen3Layouts if "qwen3" in name else QwenLayouts)
+    layout = benchmark.medium_of(model, pruning, 8)[0]
+    assert layout.num_unpruned == 4 * 144 and layout.num_placeholders(pruning) == 4 * 36
+    with pytest.raises(ValueError, match="sees 2 frames at once, which 7 are not a multiple of"):
+        benchmark.medium_of(model, pruning, 7)
 
 
 def test_a_random_model_runs():
@@ -512,8 +533,8 @@ def test_selection_cost(monkeypatch, tmp_path, capsys):
 def test_every_family_is_measured_on_a_medium_that_it_takes(family):
     model = family.model()
     model.config.pruning.keep_ratio = 0.25
-    if family.name == "llava_next" or family.has_mrope:
-        with pytest.raises(ValueError, match="cuts its images into tiles|takes pictures of any size as patches"):
+    if family.name == "llava_next":
+        with pytest.raises(ValueError, match="cuts its images into tiles"):
             benchmark.random_inputs(model, model.config.pruning, frames=1, batch=1, text=30, seed=0)
         return
     inputs = benchmark.random_inputs(model, model.config.pruning, frames=2, batch=2, text=30, seed=0)
