@@ -4,18 +4,22 @@ The paper counts a layer on n tokens of width d, with an MLP of width m, as 4 n 
 model's prefill alone: no vision encoder, projector, selection, head or decoding; two of Llama's three MLP matrices; and multiply-adds,
 of which each is two floating-point operations. Its LLaVA-NeXT-Video numbers are for 576 tokens a frame, without the pooling
 to 144 that the checkpoint was trained with, so that the baseline is four times the native one: both are printed. The formula counts
-keys and values as wide as queries, which those of Qwen2 in LLaVA-OneVision are not.
+keys and values as wide as queries, which those of Qwen's language models are not, and two MLP matrices, of which Qwen2.5-VL's tower
+has three. Frames of the Qwen models are 24 x 24 patches here, two frames at once; their towers merge by themselves.
+Methods inside the language model keep all tokens up to their layer: "fastv" and "vtw" at that of their paper.
 
 Examples:
     python scripts/tflops.py
     python scripts/tflops.py --frames 16 --keep-ratio 0.05 0.1 --text 60
     python scripts/tflops.py --model llava-onevision-7b --frames 32
+    python scripts/tflops.py --model qwen2.5-vl-7b --frames 16
 """
 
 import argparse
+import itertools
 from typing import NamedTuple
 
-from repository import at_least_one, code_module, keep_ratio
+from repository import at_least_one, code_module, fail, keep_ratio
 
 CLIP_L_PATCHES = 576  # and 23 of its 24 layers run before the tapped features
 
@@ -37,14 +41,22 @@ def encoder(
     width=1024,
     mlp_width=4096,
     with_cls=True,
+    full_layers=None,
+    window=None,
 ) -> float:
-    """The same of the vision encoder for one frame whose patches merge to `num_kept` (EvoPrune, reconstruction)."""
+    """
+    The same of the vision encoder for one frame whose patches merge to `num_kept` (EvoPrune, reconstruction).
+
+    Args:
+        full_layers: so many layers see all patches, the others windows of `window` patches; `None` = all see all.
+    """
     schedule = {}
     if num_kept < num_patches:
         schedule = code_module("ops_merging").merging_schedule(num_patches, num_kept, layers)
     total, tokens = 0, num_patches + with_cls
     for layer in range(layers):
-        total += 4 * tokens * width**2 + 2 * tokens**2 * width
+        seen = tokens if full_layers is None or layer < full_layers else min(window, tokens)
+        total += 4 * tokens * width**2 + 2 * tokens * seen * width
         tokens = schedule.get(layer, tokens - with_cls) + with_cls  # CLS stays; merging is between attention and MLP
         total += 2 * tokens * width * mlp_width
     return total / 1e12
@@ -63,16 +75,24 @@ def attention_relevance(
     return (reading + projector + comparing) / 1e12
 
 
+def inside(visual_tokens: int, staying: int, text_tokens: int, first: int, layers=32, **sizes) -> float:
+    """The same of a prefill where all visual tokens reach the layers before number `first`, and `staying` of them the others."""
+    before = prefill(visual_tokens, text_tokens, first, **sizes)
+    return before + prefill(staying, text_tokens, layers - first, **sizes)
+
+
 class Sizes(NamedTuple):
     """
     What the table needs of a model.
 
     Attributes:
-        pooled, unpooled: tokens of a frame with the checkpoint's own pooling, and without it.
+        pooled, unpooled: tokens of a frame with the checkpoint's own pooling, and without it; `None` where it has none.
         newlines: tokens of a video beside them when nothing is pruned.
         language: arguments of `prefill`.
         vision: arguments of `encoder`.
         merges: whether its tower can merge patches, as `evoprune` does.
+        at_once: frames that the tower sees as one.
+        prunes_inside: whether tokens can leave inside its language model.
     """
 
     title: str
@@ -82,6 +102,8 @@ class Sizes(NamedTuple):
     language: dict
     vision: dict
     merges: bool
+    at_once: int = 1
+    prunes_inside: bool = True
 
 
 MODELS = {
@@ -93,6 +115,28 @@ MODELS = {
         1,
         {"layers": 28, "width": 3584, "mlp_width": 18944},
         {"num_kept": 729, "num_patches": 729, "layers": 26, "width": 1152, "mlp_width": 4304, "with_cls": False},
+        False,
+    ),
+    "qwen2.5-vl-7b": Sizes(
+        "Qwen2.5-VL-7B",
+        144,
+        None,
+        0,
+        {"layers": 28, "width": 3584, "mlp_width": 18944},
+        {"layers": 32, "width": 1280, "mlp_width": 3420, "with_cls": False, "full_layers": 4, "window": 64},
+        False,
+        2,
+        False,
+    ),
+    "qwen3-vl-8b": Sizes(
+        "Qwen3-VL-8B",
+        144,
+        None,
+        0,
+        {"layers": 36, "width": 4096, "mlp_width": 12288},
+        {"layers": 27, "width": 1152, "mlp_width": 4304, "with_cls": False},
+        False,
+        2,
         False,
     ),
 }
@@ -109,39 +153,53 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
+def rows_of(sizes: Sizes, frames: int, text: int, ratios: list) -> list:
+    """The cells of the table."""
+    cost = lambda visual_tokens: prefill(visual_tokens, text, **sizes.language)  # noqa: E731
+    count_kept = code_module("ops_selection").count_kept
+    inner, layers = code_module("methods_registry").INNER_METHODS, sizes.language.get("layers", 32)
+    native, whole = frames * sizes.pooled + sizes.newlines, encoder(**sizes.vision)
+    poolings = {"true": sizes.pooled, "false": sizes.unpooled}
+    rows = []
+    for pooling, ratio in itertools.product([name for name in poolings if poolings[name]], ratios):
+        size = poolings[pooling]
+        kept = count_kept(size, ratio)
+        row = [pooling, f"{ratio:g}", f"{frames} x {kept}", f"{cost(frames * kept):.3f}"]
+        row.append(f"{cost(frames * kept) / cost(native):.1%}")
+        if sizes.unpooled:
+            row.append(f"{cost(frames * kept) / cost(frames * sizes.unpooled + sizes.newlines):.1%}")
+        if sizes.prunes_inside:
+            for name, staying in (("fastv", frames * kept), ("vtw", 0)):
+                first = inner[name].first_layer(layers)
+                row.append(f"{inside(frames * size, staying, text, first, **{'layers': layers, **sizes.language}):.3f}")
+        if sizes.merges:
+            row += [f"{encoder(kept) / whole:.1%}", f"{attention_relevance(frames * size, text):.3f}"]
+        rows.append(row)
+    return rows
+
+
 def main(argv=None):
     args = parse_arguments(argv)
-    count_kept = code_module("ops_selection").count_kept
-    frames, text, sizes = args.frames, args.text, MODELS[args.model]
-
-    def cost_of(visual_tokens):
-        return prefill(visual_tokens, text, **sizes.language)
-
-    native, unpooled = (cost_of(frames * size + sizes.newlines) for size in (sizes.pooled, sizes.unpooled))
-    whole = encoder(**sizes.vision)
-    print(f"{sizes.title}, {frames} frames, {text} text tokens, in 10^12 multiply-adds")
-    print(
-        f"prefill, native ({sizes.pooled} tokens a frame): {native:.3f}; without pooling ({sizes.unpooled} a frame): {unpooled:.3f}"
-    )
-    print(f"vision encoder: {frames * whole:.3f}\n")
-    header = ["video_pooling", "keep ratio", "tokens", "prefill", "of native", f"of {sizes.unpooled} a frame"]
+    sizes, text = MODELS[args.model], args.text
+    frames, rest = divmod(args.frames, sizes.at_once)
+    if rest:
+        fail(f"--frames {args.frames}: {sizes.title} sees {sizes.at_once} frames at once; give a multiple of that")
+    baselines = [f"native ({sizes.pooled} tokens a frame)", f"without pooling ({sizes.unpooled} a frame)"]
+    costs = [
+        f"{title}: {prefill(frames * size + sizes.newlines, text, **sizes.language):.3f}"
+        for title, size in zip(baselines, (sizes.pooled, sizes.unpooled))
+        if size
+    ]
+    print(f"{sizes.title}, {args.frames} frames, {text} text tokens, in 10^12 multiply-adds")
+    print(f"prefill, {'; '.join(costs)}")
+    print(f"vision encoder: {frames * encoder(**sizes.vision):.3f}\n")
+    header = ["video_pooling", "keep ratio", "tokens", "prefill", "of native"]
+    header += [f"of {sizes.unpooled} a frame"] if sizes.unpooled else []
+    header += ["prefill with fastv", "with vtw"] if sizes.prunes_inside else []
     header += ["encoder with evoprune", "relevance attention"] if sizes.merges else []
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    for pooling, size in (("true", sizes.pooled), ("false", sizes.unpooled)):
-        for ratio in args.keep_ratio:
-            kept = count_kept(size, ratio)
-            cost = cost_of(frames * kept)
-            row = [
-                pooling,
-                f"{ratio:g}",
-                f"{frames} x {kept}",
-                f"{cost:.3f}",
-                f"{cost / native:.1%}",
-                f"{cost / unpooled:.1%}",
-            ]
-            if sizes.merges:
-                row += [f"{encoder(kept) / whole:.1%}", f"{attention_relevance(frames * size, text):.3f}"]
-            print("| " + " | ".join(row) + " |")
+    for row in rows_of(sizes, frames, text, args.keep_ratio):
+        print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,30 @@ def test_prefill(full, kept, texts, cost, pruned, share):
     assert 100 * sum(shares) / len(shares) == pytest.approx(share, abs=0.01)
 
 
+def test_inside_the_language_model(capsys):
+    """FastV from its paper's layer 2 and VTW from layer 15, of a Llama of 32 layers, by hand."""
+    layer = lambda n: 4 * n * 4096**2 + 2 * n**2 * 4096 + 2 * n * 4096 * 11008  # noqa: E731
+    tflops.main(["--keep-ratio", "0.25"])
+    fastv = (2 * layer(1152 + 60) + 30 * layer(288 + 60)) / 1e12
+    vtw = (15 * layer(1152 + 60) + 17 * layer(60)) / 1e12
+    assert f"| {fastv:.3f} | {vtw:.3f} |" in capsys.readouterr().out
+
+
+def test_qwen(capsys):
+    """Two frames are one step of 144 tokens; four of the 32 layers of the tower see all 576 patches, the others 64."""
+    tflops.main(["--model", "qwen2.5-vl-7b", "--frames", "16", "--keep-ratio", "0.1"])
+    printed = capsys.readouterr().out
+    whole, kept = (
+        28 * (4 * n * 3584**2 + 2 * n**2 * 3584 + 2 * n * 3584 * 18944) / 1e12 for n in (8 * 144 + 60, 8 * 14 + 60)
+    )
+    seen = 4 * 576 + 28 * 64
+    tower = 8 * (32 * 576 * (4 * 1280**2 + 2 * 1280 * 3420) + seen * 2 * 576 * 1280) / 1e12
+    assert f"native (144 tokens a frame): {whole:.3f}\nvision encoder: {tower:.3f}" in printed
+    assert f"| true | 0.1 | 8 x 14 | {kept:.3f} | {kept / whole:.1%} |\n" in printed and "fastv" not in printed
+    with pytest.raises(SystemExit, match="--frames 7: Qwen2.5-VL-7B sees 2 frames at once"):
+        tflops.main(["--model", "qwen2.5-vl-7b", "--frames", "7"])
+
+
 def test_onevision(capsys):
     """32 frames of 196 tokens and a newline through Qwen2-7B, by hand; keys and values as wide as queries, as in the formula."""
     tflops.main(["--model", "llava-onevision-7b", "--frames", "32", "--keep-ratio", "0.1"])
