@@ -59,7 +59,9 @@ def biased_mask(attention_mask, bias, tokens: torch.Tensor, cache=None, cache_po
         text, or all of a static cache.
     """
     if isinstance(attention_mask, dict):
-        return {kind: biased_mask(mask, bias, tokens, cache, cache_position, pairs) for kind, mask in attention_mask.items()}
+        return {
+            kind: biased_mask(mask, bias, tokens, cache, cache_position, pairs) for kind, mask in attention_mask.items()
+        }
     if attention_mask is None or attention_mask.dim() == 2:
         attention_mask = _causal_mask(attention_mask, tokens, cache, cache_position)
     least = torch.finfo(tokens.dtype).min
@@ -134,7 +136,9 @@ def let_kernel_take_bias(attention: str) -> None:
             AttentionInterface.register(attention, BiasedKernel(kernel))
 
 
-def weighed(attention: str, attention_mask, sizes, tokens: torch.Tensor, cache=None, cache_position=None, pairs=None) -> tuple:
+def weighed(
+    attention: str, attention_mask, sizes, tokens: torch.Tensor, cache=None, cache_position=None, pairs=None
+) -> tuple:
     """
     What a pass over tokens (B, T, H) is given so that columns weigh as much as their sizes.
 

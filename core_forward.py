@@ -176,7 +176,9 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
                 pruning, is_visual, is_question.to(embeds.device), inner_numbers(items, is_visual, pruning)
             )
         by_distance = pruning.drops_tokens and pruning.distance_bias
-        outputs = self.run_language_model(prompt, attention_mask, position_ids, stock, record, shift, inner, by_distance)
+        outputs = self.run_language_model(
+            prompt, attention_mask, position_ids, stock, record, shift, inner, by_distance
+        )
         kept = {kind: tuple(item.kept for item in items if item.kind == kind) or None for kind in masks}
         return self.output_class(**outputs, image_kept_indices=kept["image"], video_kept_indices=kept["video"])
 

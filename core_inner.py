@@ -91,7 +91,16 @@ def read_inner(cache, num_layers: int) -> Optional[InnerRecord]:
 
 
 def run_layers(
-    language_model, first: int, last: int, states, position_ids, cache, attention_mask, sizes, by_distance=False, collected=None
+    language_model,
+    first: int,
+    last: int,
+    states,
+    position_ids,
+    cache,
+    attention_mask,
+    sizes,
+    by_distance=False,
+    collected=None,
 ):
     """
     The states (B, T, H) behind layers `first` to `last - 1` of a decoder, which append their keys and values to the cache.

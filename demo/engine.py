@@ -176,6 +176,7 @@ class Engine:
 
 
 def _methods_of(model) -> list:
-    """The methods that all can choose from what one pass of the encoder gave."""
+    """The methods that choose from what one pass of the encoder gave, before the language model, so that it can be drawn."""
     registry = sys.modules[type(model.config.pruning).__module__].METHODS
-    return [name for name, method in registry.items() if name != "none" and not method.merges_in_encoder]
+    others = [name for name, method in registry.items() if method.merges_in_encoder or method.inner is not None]
+    return [name for name in registry if name not in {"none", *others}]

@@ -51,7 +51,9 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 UNPRUNED = "unpruned"
-PATCHES_OF_SIDE = 24  # of the frames of a model that takes any size: as many tokens as LLaVA-NeXT-Video's after its pooling
+PATCHES_OF_SIDE = (
+    24  # of the frames of a model that takes any size: as many tokens as LLaVA-NeXT-Video's after its pooling
+)
 FIRST_WORD = 10  # random words come after the special tokens of the vocabularies
 TEXT_BEFORE = 20  # of the words of a prompt, so many stand before the video; the rest is the question
 
@@ -178,7 +180,9 @@ def medium_of(model, pruning, frames: int) -> tuple:
         vision = config.vision_config
         steps, rest = divmod(frames, vision.temporal_patch_size)
         if rest:
-            raise ValueError(f"{config.model_type} sees {vision.temporal_patch_size} frames at once, which {frames} are not a multiple of")
+            raise ValueError(
+                f"{config.model_type} sees {vision.temporal_patch_size} frames at once, which {frames} are not a multiple of"
+            )
         grid = (steps, PATCHES_OF_SIDE, PATCHES_OF_SIDE)
         layout = model.layout_class.video(model.frame_size, grid)
         channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -267,7 +271,9 @@ def describe(model, cell: dict, inputs: dict, text: int) -> dict:
         "operations": operations,
         "inner_tokens": None if pruning.inner is None else min(prompt - text, pruning.inner_count(unpruned)),
         "paper_prefill_multiply_adds": round(multiply_adds),
-        "kv_cache_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized),
+        "kv_cache_bytes": sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized
+        ),
         "peak_bytes": peak_bytes(model, inputs),
     }
 

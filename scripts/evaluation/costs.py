@@ -42,7 +42,9 @@ class Costs:
         """What the row of a setting says of its costs; operations are those of the first question about each shape of media."""
 
         def operations(index):
-            return count_operations(self.run.model, self.run.inputs(self.questions, setting, (index, 1), ratio))[0]["prefill"]
+            return count_operations(self.run.model, self.run.inputs(self.questions, setting, (index, 1), ratio))[0][
+                "prefill"
+            ]
 
         call = setting.ratio_of_call(ratio)
         return {
@@ -61,7 +63,9 @@ class Costs:
         config = self.run.model.config
 
         def operations(ratio):
-            return formula(config, self._pruning.with_budget(ratio), self.visual_tokens(ratio), self.unpruned, self.text_tokens)
+            return formula(
+                config, self._pruning.with_budget(ratio), self.visual_tokens(ratio), self.unpruned, self.text_tokens
+            )
 
         whole = formula(config, type(self._pruning)(method="none"), self.unpruned, self.unpruned, self.text_tokens)
         return ratio_of_operations(share * whole, operations)

@@ -119,7 +119,7 @@ def markdown(report: dict) -> str:
         f"{run.get('gpu', run['cpu'])}, {run['threads']} threads, {run['device']}, {run['dtype']}, torch {run['torch']}, "
         f"transformers {run['transformers']}, Python {run['python']}, {run['date']}; one greedy answer to each question.  ",
         "Share of right answers in percent with its 95 % interval (bootstrap over scenes), and the share of answers equal "
-        "to those of the unpruned model. Visual tokens: how many of them a question's prompt has, on average; \"then\" is how many go on "
+        'to those of the unpruned model. Visual tokens: how many of them a question\'s prompt has, on average; "then" is how many go on '
         "inside the language model, where some leave there. Operations: of the language model's prefill, as torch counts them for the "
         "first question about media of each size, as a share of the unpruned ones.",
         *_how_timed(report["rows"]),
@@ -128,7 +128,15 @@ def markdown(report: dict) -> str:
         rows = [row for row in report["rows"] if row["kind"] == kind]
         types, timed = list(rows[0]["by_type"]), "time" in rows[0]
         lines += ["", f"## {kind.capitalize()}s: {rows[0]['questions']} questions {_scenes(report)}", ""]
-        header = ["setting", "keep ratio", "visual tokens", "operations (%)", "right (%)", "95 % interval", "as unpruned (%)"]
+        header = [
+            "setting",
+            "keep ratio",
+            "visual tokens",
+            "operations (%)",
+            "right (%)",
+            "95 % interval",
+            "as unpruned (%)",
+        ]
         header += ["ms a question", "on the Pareto front"] if timed else []
         lines += table(header, [_overall(row, timed) for row in rows])
         lines += ["", "Right by type of question, in percent:", ""]

@@ -82,7 +82,9 @@ def test_steps_of_decoding_have_none(block):
     plain = asked(**block)[0]
     cache, token = biased(**inputs).past_key_values, torch.tensor([[9]])
     mask = torch.ones(1, inputs["input_ids"].shape[1] + 1, dtype=torch.long)
-    steps = [model(input_ids=token, past_key_values=copy.deepcopy(cache), attention_mask=mask) for model in (biased, plain)]
+    steps = [
+        model(input_ids=token, past_key_values=copy.deepcopy(cache), attention_mask=mask) for model in (biased, plain)
+    ]
     assert torch.equal(steps[0].logits, steps[1].logits)
 
 

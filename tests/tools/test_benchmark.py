@@ -130,7 +130,9 @@ def test_the_formula_where_tokens_leave_inside():
     layer = lambda tokens: 4 * tokens * 4096**2 + 2 * tokens**2 * 4096 + 2 * tokens * 4096 * 11008  # noqa: E731
     fastv = formula(config, PruningConfig(method="fastv", keep_ratio=0.25), 1152, 1152, 60)
     assert fastv == pytest.approx(2 * layer(1152 + 60) + 30 * layer(288 + 60))
-    assert formula(config, PruningConfig(method="vtw"), 1152, 1152, 60) == pytest.approx(15 * layer(1212) + 17 * layer(60))
+    assert formula(config, PruningConfig(method="vtw"), 1152, 1152, 60) == pytest.approx(
+        15 * layer(1212) + 17 * layer(60)
+    )
     two = PruningConfig(method="divprune", keep_ratio=0.5, inner_method="fastv", inner_keep_ratio=0.25)
     assert formula(config, two, 576, 1152, 60) == pytest.approx(2 * layer(576 + 60) + 30 * layer(288 + 60))
     assert formula(config, two.with_changes(keep_ratio=0.1), 115, 1152, 60) == pytest.approx(32 * layer(115 + 60))
@@ -149,7 +151,9 @@ def test_counted_operations_where_tokens_leave_inside(method):
     first, stay = pruning.first_inner_layer(number), pruning.inner_count(visual) + 30
     operations, cache = count_operations(model, inputs)
     chosen = whole * width  # the attention of one token, at most
-    assert operations["prefill"] == pytest.approx(2 * (first * layer(whole) + (number - first) * layer(stay)), abs=8 * chosen, rel=2e-3)
+    assert operations["prefill"] == pytest.approx(
+        2 * (first * layer(whole) + (number - first) * layer(stay)), abs=8 * chosen, rel=2e-3
+    )
     assert [layer.get_seq_length() for layer in cache.layers[:number]] == [whole] * first + [stay] * (number - first)
 
 
@@ -161,10 +165,16 @@ def test_a_method_inside_the_language_model_in_the_tables(monkeypatch, tmp_path)
     output = tmp_path / "inside"
     call(*QUICK, "--ratios", 0.5, 0.25, "--methods", "fastv", "vtw", "--output", output)
     report = json.loads(output.with_suffix(".json").read_text())
-    assert [(row["method"], row["keep_ratio"]) for row in report["rows"][1:]] == [("fastv", 0.5), ("fastv", 0.25), ("vtw", 0.5)]
+    assert [(row["method"], row["keep_ratio"]) for row in report["rows"][1:]] == [
+        ("fastv", 0.5),
+        ("fastv", 0.25),
+        ("vtw", 0.5),
+    ]
     assert [row["inner_tokens"] for row in report["rows"]] == [None, POOLED, POOLED // 2, 0]
     table = output.with_suffix(".md").read_text()
-    assert f"| fastv 0.25 | 2, pooled | 1 | {2 * POOLED}, then {POOLED // 2} |" in table and "| vtw | 2, pooled |" in table
+    assert (
+        f"| fastv 0.25 | 2, pooled | 1 | {2 * POOLED}, then {POOLED // 2} |" in table and "| vtw | 2, pooled |" in table
+    )
     assert all(value > 0 for row in report["rows"] for value in row["samples"]["prefill"])
 
 
@@ -372,7 +382,13 @@ def test_shapes():
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(7.06e9, rel=1e-3)
     cut = shape_config(SHAPES["llava-1.5-7b"], layers=3, vision_layers=2)
     assert (cut.text_config.num_hidden_layers, cut.vision_config.num_hidden_layers) == (3, 2)
-    assert [SHAPES[name].family for name in SHAPES] == ["llava_next_video", "llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]
+    assert [SHAPES[name].family for name in SHAPES] == [
+        "llava_next_video",
+        "llava",
+        "llava_onevision",
+        "qwen2_5_vl",
+        "qwen3_vl",
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -399,9 +415,16 @@ def test_the_shapes_of_qwen(name):
     if name == "qwen3-vl-8b":
         assert cut.vision_config.deepstack_visual_indexes == [2, 5, 8]
     else:
-        assert cut.vision_config.fullatt_block_indexes == [7] and whole.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
+        assert cut.vision_config.fullatt_block_indexes == [7] and whole.vision_config.fullatt_block_indexes == [
+            7,
+            15,
+            23,
+            31,
+        ]
     pruning = PruningConfig(keep_ratio=0.25, scope="frame")
-    model = SimpleNamespace(config=whole, frame_size=PatchSize(2), layout_class=Qwen3Layouts if "qwen3" in name else QwenLayouts)
+    model = SimpleNamespace(
+        config=whole, frame_size=PatchSize(2), layout_class=Qwen3Layouts if "qwen3" in name else QwenLayouts
+    )
     layout = benchmark.medium_of(model, pruning, 8)[0]
     assert layout.num_unpruned == 4 * 144 and layout.num_placeholders(pruning) == 4 * 36
     with pytest.raises(ValueError, match="sees 2 frames at once, which 7 are not a multiple of"):

@@ -106,7 +106,7 @@ def test_visitors_get_what_they_would_get_alone(engine, video):
 
 def test_methods_that_only_serve_themselves_are_left_out(engine, loaded):
     assert {"rediprune", "rediprune_plus", "divprune", "random"} <= set(engine.methods)
-    assert not {"none", "evoprune", "evoprune_rediprune"} & set(engine.methods)
+    assert not {"none", "evoprune", "evoprune_rediprune", "fastv", "dart", "vtw"} & set(engine.methods)
     assert loaded[0].config.pruning.method == engine.default_method
 
 

@@ -427,7 +427,9 @@ def test_visual_tokens_are_counted(loaded):
 def test_costs_of_what_leaves_inside_the_language_model(tmp_path):
     two_stages = "uniform,inner_method=fastv,inner_keep_ratio=0.125"
     arguments = ["--scenes", 1, "--kinds", "video", "--threads", 1]
-    rows = evaluate(tmp_path / "a", *arguments, "--ratios", 0.25, "--settings", "uniform", "fastv", "vtw", two_stages)["rows"]
+    rows = evaluate(tmp_path / "a", *arguments, "--ratios", 0.25, "--settings", "uniform", "fastv", "vtw", two_stages)[
+        "rows"
+    ]
     told = {row["setting"]: (row["keep_ratio"], row["visual_tokens"], row["inner_tokens"]) for row in rows}
     assert told == {
         "unpruned": (1, 288, None),
@@ -452,7 +454,9 @@ def test_equal_operations(tmp_path, capsys):
     assert "fastv cannot take 0.3 of the unpruned operations: left out" in capsys.readouterr().err
     by_formula_and_counted = zip([0.5, 0.5, None, 0.3, 0.3], rows[1:])
     assert all(abs(row["share_of_operations"] - share) < 0.02 for share, row in by_formula_and_counted if share)
-    assert rows[3]["keep_ratio"] == 1 and rows[3]["share_of_operations"] < 0.5  # with a second stage it never takes half
+    assert (
+        rows[3]["keep_ratio"] == 1 and rows[3]["share_of_operations"] < 0.5
+    )  # with a second stage it never takes half
 
 
 @given(st.floats(0.001, 0.999), st.floats(0, 0.5))

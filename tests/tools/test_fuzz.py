@@ -37,7 +37,9 @@ def test_a_case_follows_from_its_number_and_the_draw_reaches_everything():
     cases = [draw_case(1, number) for number in range(400)]
     assert [case.as_record() for case in cases[:9]] == [draw_case(1, number).as_record() for number in range(9)]
     assert draw_case(2, 0).as_record() != cases[0].as_record()
-    assert {case.pruning["method"] for case in cases} == {name for name, method in METHODS.items() if method.inner is None} and {case.cache for case in cases} == set(CACHES)
+    assert {case.pruning["method"] for case in cases} == {
+        name for name, method in METHODS.items() if method.inner is None
+    } and {case.cache for case in cases} == set(CACHES)
     for key in ("scope", "relevance", "positions", "proportional_attention", "merge_weight", "video_pooling", "words"):
         assert len({case.pruning.get(key) for case in cases}) > 2, key
     assert {case.padding_side for case in cases} == {"left", "right"}

@@ -25,7 +25,10 @@ REFUSED = {
         {"kv_cache_dtype": "fp8", "hf_overrides": {"pruning": {"method": "rediprune_plus"}}},
         "proportional_attention",
     ),
-    "inside the language model": ({"hf_overrides": {"pruning": {"method": "fastv"}}}, "'fastv' leaves visual tokens behind"),
+    "inside the language model": (
+        {"hf_overrides": {"pruning": {"method": "fastv"}}},
+        "'fastv' leaves visual tokens behind",
+    ),
     "a second stage": (
         {"hf_overrides": {"pruning": {"method": "divprune", "inner_method": "dart", "inner_keep_ratio": 0.1}}},
         "'dart' leaves visual tokens behind",
