@@ -165,8 +165,10 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
                 embeds = embeds.masked_scatter(where, projected.to(embeds))
 
         record, shift = self.place_in_unpruned(pruning, masks, items, attention_mask, cache)
-        if pruning.prunes and pruning.resolved("proportional_attention"):
-            sizes = tokens_by_place(items, masks, "token_sizes", 1.0)
+        if pruning.drops_tokens and pruning.resolved("proportional_attention"):
+            sizes = torch.ones(embeds.shape[:2], device=embeds.device)
+            if pruning.prunes:
+                sizes = tokens_by_place(items, masks, "token_sizes", 1.0)
             record = TokenRecord(sizes, torch.zeros_like(sizes) if record is None else record.skipped)
         prompt = {"inputs_embeds": embeds, **self.companions_by_place(items, masks)}
         inner = None

@@ -18,6 +18,7 @@ from .hub_versions import CACHE_NAME, CROPS_TO_LENGTH, causal_mask, layer_states
 from .methods_base import InnerTokens
 from .methods_registry import INNER_METHODS
 from .ops_inner import attention_of_token, rotated
+from .ops_tokens import nearest_kept
 
 
 class InnerCall(NamedTuple):
@@ -172,7 +173,7 @@ def two_part_forward(
     is_there = torch.ones_like(places, dtype=torch.bool)
     if call is not None:
         layer = _LayerBefore(language_model, first - 1, before, position_ids, cache, attention_mask, sum_of_heads)
-        states, goes_on = leave_behind(call, layer, states)
+        states, goes_on, new_sizes = leave_behind(call, layer, states, new_sizes)
         places, is_there = right_aligned(goes_on)
         _note_missing(cache, first, num_layers, number - places.shape[1], call.is_visual)
     states = states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
@@ -211,19 +212,21 @@ def inner_numbers(items: list, is_visual: torch.Tensor, pruning) -> list:
 # -- choosing ---------------------------------------------------------------------------------------------------------------
 
 
-def leave_behind(call: InnerCall, layer: "_LayerBefore", states: torch.Tensor) -> tuple:
+def leave_behind(call: InnerCall, layer: "_LayerBefore", states: torch.Tensor, sizes) -> tuple:
     """
     Chooses the visual tokens of each row that go on.
 
     Args:
         layer: the layer that the states (B, T, H) come from.
+        sizes: (B, T) fp32, how many tokens each one stands for, or `None` = none stands for another.
 
     Returns:
-        states (B, T, H), and (B, T) bool, which tokens go on.
+        states (B, T, H), (B, T) bool, which tokens go on, and the sizes, those of tokens that leave added to the ones that they
+        are most similar to.
     """
     method = INNER_METHODS[call.pruning.inner]
     signals = layer.signals(method.required_signals, states.detach(), call.is_question)
-    goes_on, states = ~call.is_visual, states.clone()
+    goes_on, states, sizes = ~call.is_visual, states.clone(), None if sizes is None else sizes.clone()
     for row, num_kept in enumerate(call.numbers):
         visual, text = (mask[row].nonzero()[:, 0] for mask in (call.is_visual, call.is_question))
         if num_kept == len(visual):
@@ -234,9 +237,14 @@ def leave_behind(call: InnerCall, layer: "_LayerBefore", states: torch.Tensor) -
         if "norms" in of_row:
             shown |= {"text_norms": of_row["norms"][text], "text_states": of_row["final_states"][text]}
         kept, carried = method.reduce(InnerTokens(states[row, visual], **shown), num_kept, call.pruning)
+        if sizes is not None and len(kept):
+            nearest = nearest_kept(states[None, row, visual], kept[None])[0]
+            sizes[row, visual[kept]] = torch.zeros_like(sizes[row, visual[kept]]).index_add(
+                0, nearest, sizes[row, visual]
+            )
         goes_on[row, visual[kept]] = True
         states[row, visual[kept]] = carried
-    return states, goes_on
+    return states, goes_on, sizes
 
 
 class _LayerBefore(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES
 from places import GOLDEN
-from rediprune.core_inner import InnerCall, two_part_forward
+from rediprune.core_inner import InnerCall, read_inner, two_part_forward
 from rediprune.hub_versions import CACHE_NAME, CROPS_TO_LENGTH
 from rediprune.methods_base import InnerTokens
 from rediprune.methods_block import PruningConfig
@@ -28,6 +28,7 @@ BLOCKS = {
         **{"method": "rediprune_plus", "keep_ratio": 0.6, "relevance_layer": 1},
         **{"inner_method": "fastv", "inner_layer": 2, "inner_keep_ratio": 0.2},
     },
+    "weighed": {"method": "dart", "keep_ratio": 0.3, "inner_layer": 1, "proportional_attention": True},
     "holitom": {"method": "none", "inner_method": "holitom", "inner_layer": 2, "inner_keep_ratio": 0.4},
 }
 QUESTIONS = ("USER: <video>\nwhat colour is the star? ASSISTANT:", "USER: <video>\nhow many? ASSISTANT:")
@@ -197,6 +198,17 @@ def test_counts_and_lengths(family, block):
     there = int((inputs["input_ids"] == model.config.video_token_id).sum(1)[0])
     lengths = [layer.get_seq_length() for layer in outputs[CACHE_NAME].layers[:4]]
     assert lengths == [number] * first + [number - there + pruning.inner_count(unpruned)] * (4 - first)
+
+
+@pytest.mark.parametrize("name", ["weighed", "two stages"])
+def test_those_that_stay_stand_for_those_that_leave(name):
+    family = next(family for family in ONE_D if family.name == "llava_next_video")
+    model, processor = build(family, **BLOCKS[name])
+    inputs, whole = prompt(processor, (0, 1)), prompt(processor, (0, 1), keep_ratio=1.0)
+    record = read_inner(model(**inputs)[CACHE_NAME], 4)
+    totals = (record.sizes * record.visible).sum(1)
+    assert totals.tolist() == whole["attention_mask"].sum(1).tolist()  # each token of the unpruned prompt once
+    assert (record.sizes >= 1).all() and record.sizes.max() > 1
 
 
 def test_decoding_with_a_cache_is_a_forward_pass_that_drops_the_same(family, block):
