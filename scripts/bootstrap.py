@@ -131,8 +131,10 @@ def prepare(directory, transformers_version=None, more=None):
     make_environment(thin, [line for name, line in requirements.items() if name in THIN_LAYER], [base])
     if more is None:
         return interpreter(thin)
-    top = directory / f"{thin.name}-{more.resolve().parent.name}"
-    make_environment(top, list(read_requirements([more.resolve()]).values()), [thin, base])
+    more = more.resolve()
+    purpose = more.parent.name if more.stem == "requirements" else more.stem.removeprefix("requirements-")
+    top = directory / f"{thin.name}-{purpose}"
+    make_environment(top, list(read_requirements([more]).values()), [thin, base])
     return interpreter(top)
 
 

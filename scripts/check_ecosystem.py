@@ -1,112 +1,128 @@
-"""Runs variants through the tools around transformers, and writes down what works on the installed version.
+"""Runs variants through the tools around transformers, on both lines of transformers, and writes the tables of what works.
 
-Each row of `ecosystem_rows.py` does its thing for real on the CPU. The results are added to OUTPUT.json, by family, method and
-version of transformers; OUTPUT.md gets the tables of all of them, and keeps what stands in it after the tables. A row that cannot
-be run here is written as such, and one that fails ends the program with 1. OTHER_PYTHON in the environment is an interpreter with
-the other line of transformers, which loads what this one publishes. The packages are those of requirements-ecosystem.txt.
+The rows are the tests of tests/ecosystem. Each line of transformers runs them in an environment of its own, which is made where it is
+missing (bootstrap.py, with requirements-ecosystem.txt), and knows the interpreter of the other line. OUTPUT.json and OUTPUT.md hold
+what this one run measured, and nothing of earlier ones; text below the tables in OUTPUT.md stays. What could not be measured is
+written as such, with the reason. A row that fails, or a run that breaks off, ends the program with 1.
 
-Takes three to ten minutes for each family on one core, and 3 GB of memory.
+Takes about a quarter of an hour for each line on one core, and 3 GB of memory.
 
 Examples:
-    OTHER_PYTHON=.venv-4/bin/python python scripts/check_ecosystem.py --output docs/ecosystem
-    python scripts/check_ecosystem.py --output docs/ecosystem --method rediprune_plus
-    python scripts/check_ecosystem.py --output docs/ecosystem --family llava llava_next video_llava
-    python scripts/check_ecosystem.py --output runs/ecosystem --model my-variant --rows offload serve
+    python scripts/check_ecosystem.py --output docs/ecosystem
+    python scripts/check_ecosystem.py --output runs/ecosystem --variant checkpoint llava
+    python scripts/check_ecosystem.py --output runs/ecosystem --variant my-variant --rows "offload or serve"
+    python scripts/check_ecosystem.py --output runs/ecosystem --python .venv-4/bin/python .venv-5/bin/python
 """
 
 import argparse
 import json
+import os
+import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
+import tempfile
 from pathlib import Path
 
-import torch
-import transformers
-from ecosystem_case import Case, families, variant_folder
-from ecosystem_rows import ROWS
-from repository import ROOT, environment, fail, output_prefix, write_results
+from bootstrap import BootstrapError, prepare
+from repository import ROOT, fail, output_prefix, write_results
 
-PACKAGES = ("torch", "accelerate", "peft", "torchao", "optimum-quanto", "huggingface_hub", "openai")
-MARKS = {"works": "yes: ", "fails": "**no**: ", "not run": "not run: "}
+LINES = ("4.57.6", None)  # of transformers; the last is the newest
+MARKS = {"works": "yes: ", "fails": "**no**: ", "not measured": "not measured: "}
 HEAD = """# What works with which version
 
-Measured by `scripts/check_ecosystem.py` on the CPU. \"Not run\" is what it is: nothing was measured there.
+Measured on the CPU by `python scripts/check_ecosystem.py --output docs/ecosystem`, whose rows are the tests of `tests/ecosystem`. The
+small random models are those of the tests, with weights a quarter as large.
 """
 END = "<!-- what stands below this line is kept -->"
 
 
-def run_row(case, name: str) -> dict:
-    """What a row found: its state, a note, the packages and the day."""
-    title, function = ROWS[name]
-    start = time.perf_counter()
+# -- the runs ----------------------------------------------------------------------------------------------------------
+
+
+def interpreters(args) -> list:
+    """Those that were named, or those of the environments that `bootstrap.py` makes."""
+    if args.python:
+        return args.python
     try:
-        state, note = "works", function(case)
-    except ImportError as error:
-        state, note = "not run", f"not installed: {error.name or error}"
-    except NotImplementedError as error:
-        state, note = "not run", str(error)
-    except Exception as error:  # whatever a tool raises is what the table tells of it
-        lines = str(error).strip().splitlines() or [""]
-        state, note = "fails", f"{type(error).__name__}: {lines[0][:300]}"
-    print(f"{state:8} {title}: {note} ({time.perf_counter() - start:.0f} s)", flush=True)
-    return {"state": state, "note": note, "packages": package_versions(), "date": environment()["date"]}
+        return [str(prepare(ROOT / ".venv", line, ROOT / "requirements-ecosystem.txt")) for line in LINES]
+    except (BootstrapError, OSError) as error:
+        fail(str(error))
 
 
-def package_versions() -> dict:
-    found = {}
-    for name in PACKAGES:
+def measure(python: str, others: list, args) -> tuple:
+    """Runs the rows with one interpreter; what they found, and the exit status of pytest."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    variables.pop("OTHER_PYTHON", None)
+    if others:
+        variables["OTHER_PYTHON"] = others[0]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.jsonl")
+        command = [python, "-m", "pytest", "tests/ecosystem", "-m", "ecosystem", "-v", "--rows-to", str(rows)]
+        command += ["--basetemp", str(Path(folder, "work")), *(["-k", args.rows] if args.rows else [])]
+        for variant in args.variant:
+            command += ["--variant", os.path.abspath(variant) if os.path.isdir(variant) else variant]
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    return found
+            status = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        except OSError as error:
+            fail(f"--python {python}: {error.strerror or error}")
+        return read_rows(rows), status
+
+
+def read_rows(path: Path) -> dict:
+    """Versions and day of a run, and its rows in their order; the last line of a row counts. `{}` if the run never began."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not lines:
+        return {}
+    head, *found = map(json.loads, lines)
+    rows = {(row["variant"], row["row"]): row for row in found}
+    return {**head, "rows": list(rows.values())}
+
+
+def failures(run: dict, status: int) -> list:
+    """What of a run must end the program with an error."""
+    failed = [f"{row['variant']}: {row['row']}" for row in run["rows"] if row["state"] == "fails"]
+    return failed if failed or status == 0 else [f"pytest ended with {status}"]
 
 
 # -- the document ------------------------------------------------------------------------------------------------------
 
 
-def as_document(record: dict, old: str = "") -> str:
+def as_document(runs: list, old: str = "") -> str:
     """
     Args:
-        record: rows by name, by version of transformers, by what was tried.
+        runs: one for each line of transformers, as `read_rows` gives them.
         old: the document so far, of which what stands below `END` is kept.
     """
-    lines = [HEAD]
-    for tried, by_version in record.items():
-        lines += [f"## {tried}", "", *as_table(by_version), ""]
-        lines += [f"- transformers {version}: {measured_with(rows)}" for version, rows in sorted(by_version.items())]
-        lines.append("")
+    lines = [HEAD, *(f"- transformers {run['transformers']}: {measured_with(run)}" for run in runs), ""]
+    for variant in dict.fromkeys(row["variant"] for run in runs for row in run["rows"]):
+        lines += [f"## {title_of(variant)}", "", *as_table(runs, variant), ""]
     return "\n".join(lines) + "\n" + END + old.partition(END)[2].rstrip("\n") + "\n"
 
 
-def as_table(by_version: dict) -> list:
-    """A column for each version, and a line for each row that any of them has."""
-    versions = sorted(by_version)
-    lines = ["| | " + " | ".join(f"transformers {version}" for version in versions) + " |"]
-    lines.append("|---" * (len(versions) + 1) + "|")
-    for name, (title, _) in ROWS.items():
-        results = [by_version[version].get(name) for version in versions]
-        if any(results):
-            lines.append(f"| {title} | " + " | ".join(map(as_cell, results)) + " |")
+def measured_with(run: dict) -> str:
+    return ", ".join(f"{package} {version}" for package, version in run["packages"].items()) + f"; {run['date']}"
+
+
+def title_of(variant: str) -> str:
+    if variant == "checkpoint":
+        return "The checkpoint of this repository"
+    return f"`{variant}`" if os.path.isdir(variant) else f"A small random `{variant}`"
+
+
+def as_table(runs: list, variant: str) -> list:
+    """A column for each run, and a line for each row that any of them has."""
+    columns = [{row["row"]: row for row in run["rows"] if row["variant"] == variant} for run in runs]
+    titles = {name: row["title"] for column in columns for name, row in column.items()}
+    lines = ["| | " + " | ".join(f"transformers {run['transformers']}" for run in runs) + " |"]
+    lines.append("|---" * (len(runs) + 1) + "|")
+    for name, title in titles.items():
+        lines.append(f"| {title} | " + " | ".join(as_cell(column.get(name)) for column in columns) + " |")
     return lines
 
 
-def as_cell(result) -> str:
-    if result is None:
-        return "not run"
-    return (MARKS[result["state"]] + result["note"]).replace("|", "\\|")
-
-
-def measured_with(rows: dict) -> str:
-    """The packages and days of the rows, and where they are not of one, which rows are of which."""
-    groups = {}
-    for name, result in rows.items():
-        packages = ", ".join(f"{package} {version}" for package, version in result["packages"].items())
-        groups.setdefault(f"{packages}; {result['date']}", []).append(name)
-    if len(groups) == 1:
-        return next(iter(groups))
-    return "; and ".join(f"{text} ({', '.join(names)})" for text, names in groups.items())
+def as_cell(row) -> str:
+    if row is None:
+        return "not measured: this run has no such row"
+    return (MARKS[row["state"]] + row["note"]).replace("|", "\\|")
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -115,77 +131,40 @@ def measured_with(rows: dict) -> str:
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="where the tables go: OUTPUT.json, OUTPUT.md")
-    parser.add_argument("--model", default=str(ROOT), help="folder of a variant (default: this repository)")
     parser.add_argument(
-        "--family",
+        "--variant",
         nargs="+",
-        choices=list(families()),
-        help="instead of --model, a small random model of each of these",
+        default=[],
+        help="checkpoint, the name of a family (a small random model), or a folder (default: checkpoint and every family)",
     )
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="default: all")
-    parser.add_argument("--method", help="another pruning method than that of config.json; a table of its own")
-    parser.add_argument("--show", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--rows", metavar="WORDS", help='names of rows, as of pytest -k: "offload or serve" (default: all)'
+    )
+    parser.add_argument(
+        "--python", nargs="+", metavar="PATH", help="interpreters, one a column (default: environments that are made)"
+    )
     args = parser.parse_args(argv)
-    if not args.show:
-        args.output = output_prefix(args.output)
-        read_record(args.output)
+    args.output = output_prefix(args.output)
     return args
-
-
-def read_record(output: Path) -> dict:
-    """What earlier runs wrote; ends the program where it cannot be added to."""
-    path = output.with_name(output.name + ".json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        fail(
-            f"{path} cannot be read ({error}), and results are added to it; choose another --output, or remove that file"
-        )
-
-
-def show(folder: str) -> None:
-    """Prints what `published` compares."""
-    case = Case(folder)
-    logits = case.logits(case.model).tolist()
-    print(json.dumps({"version": transformers.__version__, "logits": logits, "answer": case.expected}))
-
-
-def title_of(args, family) -> str:
-    if family is not None:
-        tried = f"A small random `{family}`"
-    else:
-        tried = "The checkpoint of this repository" if args.model == str(ROOT) else f"`{args.model}`"
-    return tried if args.method is None else f"{tried}, `{args.method}`"
-
-
-def add_rows(output: Path, title: str, rows: dict) -> None:
-    """Adds rows of this version to what OUTPUT.json holds, and writes the document anew."""
-    record, page = read_record(output), output.with_name(output.name + ".md")
-    record.setdefault(title, {}).setdefault(transformers.__version__, {}).update(rows)
-    old = page.read_text(encoding="utf-8") if page.exists() else ""
-    write_results(output, {".json": json.dumps(record, indent=2) + "\n", ".md": as_document(record, old)})
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    if args.show:
-        return show(args.model)
-    failed = []
-    for family in args.family or [None]:
-        title = title_of(args, family)
-        print(title, flush=True)
-        try:
-            with variant_folder(args.model, family, args.method) as folder:
-                case = Case(folder)
-                rows = {name: run_row(case, name) for name in args.rows}
-        except (OSError, ValueError) as error:
-            fail(str(error))
-        add_rows(args.output, title, rows)
-        failed += [f"{title}: {name}" for name, result in rows.items() if result["state"] == "fails"]
-    if failed:
-        sys.exit(f"{len(failed)} failed: {'; '.join(failed)}")
+    pythons = interpreters(args)
+    runs, problems = [], []
+    for index, python in enumerate(pythons):
+        run, status = measure(python, pythons[:index] + pythons[index + 1 :], args)
+        if not run.get("rows"):
+            problems.append(f"{python}: nothing was measured, pytest ended with {status}")
+            continue
+        runs.append(run)
+        problems += [f"transformers {run['transformers']}: {problem}" for problem in failures(run, status)]
+    if runs:
+        page = args.output.with_name(args.output.name + ".md")
+        old = page.read_text(encoding="utf-8") if page.exists() else ""
+        write_results(args.output, {".json": json.dumps(runs, indent=2) + "\n", ".md": as_document(runs, old)})
+    if problems:
+        sys.exit(f"{len(problems)} failed: {'; '.join(problems)}")
 
 
 if __name__ == "__main__":

@@ -1,74 +1,22 @@
-"""The variant that `check_ecosystem.py` takes through the tools around transformers, and what its answers are compared with."""
+"""The variant that the rows of `docs/ecosystem.md` try, and what its answers are compared with.
+
+`python ecosystem_case.py NAME` prints what another process, or another line of transformers, makes of the same question.
+"""
 
 import copy
 import json
-import shutil
 import sys
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from repository import ROOT, code_module
 
-sys.path.insert(0, str(ROOT / "tests" / "support"))
 NEW_TOKENS = 6
 QUESTION = "what colour is the star?"
 
 
-@contextmanager
-def variant_folder(model: str, family, method):
-    """
-    The folder of a variant.
-
-    Args:
-        model: a folder, which is not written to.
-        family: instead of it, a small random model of this family.
-        method: instead of its own pruning method; `None` leaves it.
-    """
-    if family is None and method is None:
-        yield model
-        return
-    with tempfile.TemporaryDirectory(prefix="variant_") as folder:
-        if family is None:
-            for path in Path(model).iterdir():
-                if path.is_file():
-                    shutil.copyfile(path, Path(folder, path.name))
-        else:
-            save_random(family, folder)
-        if method is not None:
-            config = json.loads(Path(folder, "config.json").read_text())
-            config["pruning"] = {"method": method, "keep_ratio": config["pruning"]["keep_ratio"]}
-            Path(folder, "config.json").write_text(json.dumps(config))
-        yield folder
-
-
-def families() -> dict:
-    """Every family by its name, as the tests build it."""
-    code_module("configuration_rediprune")  # makes the code files a package, which the next import needs
-    from families import FAMILIES
-
-    return {family.name: family for family in FAMILIES}
-
-
-def save_random(name: str, folder: str) -> None:
-    family = families()[name]
-    model, processor = family.model(keep_ratio=0.25), family.processor(keep_ratio=0.25)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.25 if parameter.dim() > 1 else 1)  # the tests' are so large that rounding changes all
-    words = range(6, len(processor.tokenizer))  # the rest of the vocabulary decodes to nothing
-    model.generation_config.suppress_tokens = [
-        token for token in range(model.config.text_config.vocab_size) if token not in words
-    ]
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
 class Case:
-    """The variant that is tried, a question, and the answer of plain generation in fp32."""
+    """A variant, a question, and the answer of plain generation in fp32."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -121,3 +69,11 @@ def question_inputs(processor, seed: int = 0):
     content = [{"type": kind}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return processor(text=prompt, **media, return_tensors="pt")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    case = Case(sys.argv[1])
+    logits = case.logits(case.model).tolist()
+    print(json.dumps({"version": transformers.__version__, "logits": logits, "answer": case.expected}))
