@@ -56,7 +56,7 @@ def measure(python: str, others: list, args) -> tuple:
         variables["OTHER_PYTHON"] = others[0]
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
-        command = [python, "-m", "pytest", "tests/ecosystem", "-m", "ecosystem", "-v", "--rows-to", str(rows)]
+        command = [python, "-m", "pytest", "tests/ecosystem", "-m", "ecosystem", "-vv", "--rows-to", str(rows)]
         command += ["--basetemp", str(Path(folder, "work")), *(["-k", args.rows] if args.rows else [])]
         for variant in args.variant:
             command += ["--variant", os.path.abspath(variant) if os.path.isdir(variant) else variant]
