@@ -56,6 +56,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=str(ROOT), help="folder or Hub id (default: the checkpoint of this repository)"
     )
     group.add_argument("--revision", default="main", help="revision of a Hub id")
+    group.add_argument("--subfolder", default="", help="folder of the model in which its weights are, such as checkpoints/seed1")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: as the checkpoint says")
     group.add_argument("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"])
@@ -133,10 +134,12 @@ def load(args, pruning: dict = None) -> tuple:
         pruning: changes to the pruning block of the repository, on top of `--pruning`.
     """
     use_device(args)
-    check_model(args.model, args.revision)
+    check_model(args.model, args.revision, args.subfolder)
     transformers.utils.logging.disable_progress_bar()  # of "Loading weights", which would stand between the answers
     pruning = {**dict(args.pruning), **(pruning or {})}
     options = {"revision": args.revision, "trust_remote_code": True, "pruning": pruning}
+    if args.subfolder:
+        options["subfolder"] = args.subfolder
     dtype = DTYPES.get(args.dtype, args.dtype)
     auto_class = transformers.AutoModelForImageTextToText
     model = auto_class.from_pretrained(args.model, dtype=dtype, attn_implementation=args.attention, **options)
@@ -144,14 +147,16 @@ def load(args, pruning: dict = None) -> tuple:
     return model.to(args.device).eval(), processor
 
 
-def check_model(model: str, revision: str) -> None:
+def check_model(model: str, revision: str, subfolder: str = "") -> None:
     """Ends the program where a model is neither a folder nor on the Hub, or cannot be had from there."""
     if os.path.isdir(model):
+        if not os.path.isfile(os.path.join(model, subfolder, "config.json")):
+            fail(f"--model {model}{f' --subfolder {subfolder}' if subfolder else ''}: no config.json there; give the folder of a model")
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         fail(f"--model {model}: no such folder, and not a Hub id (NAMESPACE/NAME) either")
     try:
-        transformers.utils.cached_file(model, "config.json", revision=revision)
+        transformers.utils.cached_file(model, "config.json", revision=revision, subfolder=subfolder)
     except OSError as error:
         fail(f"--model {model} (revision {revision}) cannot be downloaded, and is not in the local cache: {error}")
 
