@@ -16,7 +16,8 @@ import time
 
 import torch
 from media import add_media_arguments, chat_parts, process, read_media
-from repository import StageTimer, add_model_arguments, at_least_one, environment, fail, load, output_picture
+from repository import ROOT, StageTimer, add_model_arguments, at_least_one, environment, fail, load
+from writing import output_picture
 
 STAGES = ("reading the media", "vision encoder", "selection", "projector", "prefill", "decode")
 
@@ -131,7 +132,7 @@ def chat(args, model, processor) -> None:
             print(json.dumps({"question": question, **result}), flush=True)
         else:
             print(
-                f"{result['answer']}  [{result['visual_tokens']} visual tokens, {1000 * result['total_seconds']:.0f} ms]",
+                f"{as_said(args, result['answer'])}  [{result['visual_tokens']} visual tokens, {1000 * result['total_seconds']:.0f} ms]",
                 flush=True,
             )
         parts, seconds = [], {}  # the media stand before the first question
@@ -151,10 +152,19 @@ def questions(args):
             yield line.strip()
 
 
+def as_said(args, answer: str) -> str:
+    """An answer as it is printed: one without words says so."""
+    if answer:
+        return answer
+    known = "; the checkpoint of this repository knows coloured shapes on a plain ground, and nothing else"
+    return f"(nothing but the end token{known if args.model == str(ROOT) else ''})"
+
+
 def print_report(args, results: dict) -> None:
     print(f"question: {args.question}")
     for name, result in results.items():
-        print(f"answer ({name}): {result['answer']}" if len(results) > 1 else f"answer: {result['answer']}")
+        label = f"answer ({name})" if len(results) > 1 else "answer"
+        print(f"{label}: {as_said(args, result['answer'])}")
     print()
     print(f"{'':22}" + "".join(f"{name:>14}" for name in results))
     for key in ("visual_tokens", "prompt_tokens", "new_tokens"):

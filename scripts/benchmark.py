@@ -42,13 +42,12 @@ from repository import (
     fail,
     json_or_string,
     load,
-    output_prefix,
     recorded_command,
     use_device,
-    write_results,
 )
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+from writing import output_prefix, write_results
 
 UNPRUNED = "unpruned"
 PATCHES_OF_SIDE = (

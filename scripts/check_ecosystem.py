@@ -23,7 +23,8 @@ import tempfile
 from pathlib import Path
 
 from bootstrap import BootstrapError, prepare
-from repository import ROOT, fail, output_prefix, write_results
+from repository import ROOT, fail
+from writing import output_prefix, table, write_results
 
 LINES = ("4.57.6", None)  # of transformers; the last is the newest
 MARKS = {"works": "yes: ", "fails": "**no**: ", "not measured": "not measured: "}
@@ -112,11 +113,8 @@ def as_table(runs: list, variant: str) -> list:
     """A column for each run, and a line for each row that any of them has."""
     columns = [{row["row"]: row for row in run["rows"] if row["variant"] == variant} for run in runs]
     titles = {name: row["title"] for column in columns for name, row in column.items()}
-    lines = ["| | " + " | ".join(f"transformers {run['transformers']}" for run in runs) + " |"]
-    lines.append("|---" * (len(runs) + 1) + "|")
-    for name, title in titles.items():
-        lines.append(f"| {title} | " + " | ".join(as_cell(column.get(name)) for column in columns) + " |")
-    return lines
+    rows = [[title, *(as_cell(column.get(name)) for column in columns)] for name, title in titles.items()]
+    return table(["", *(f"transformers {run['transformers']}" for run in runs)], rows)
 
 
 def as_cell(row) -> str:

@@ -14,21 +14,11 @@ import os
 import time
 
 import torch
-from benchmarking.tables import heading, milliseconds, spread, table
-from repository import (
-    DTYPES,
-    at_least_one,
-    code_module,
-    environment,
-    fail,
-    flop_counter,
-    output_prefix,
-    recorded_command,
-    use_device,
-    write_results,
-)
+from benchmarking.tables import heading, milliseconds, spread
+from repository import DTYPES, at_least_one, code_module, environment, fail, flop_counter, recorded_command, use_device
 from tflops import CLIP_L_PATCHES, encoder
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from writing import output_prefix, table, write_results
 
 GPU = torch.cuda.is_available()
 

@@ -50,11 +50,10 @@ from repository import (
     fail,
     keep_ratio,
     load,
-    output_prefix,
     recorded_command,
-    write_results,
 )
 from tqdm import tqdm
+from writing import output_prefix, write_results
 
 DEFAULT_SETTINGS = ("rediprune", "rediprune,positions=original", "random", "random,positions=original", "uniform")
 DEFAULT_RATIOS = (0.5, 0.25, 0.15, 0.1)

@@ -16,20 +16,12 @@ from collections import defaultdict
 import numpy as np
 import torch
 from evaluation.questions import Questions, add_scene_arguments, answer, check_scenes
-from evaluation.report import interval, percent, table, with_interval
+from evaluation.report import interval, percent, with_interval
 from evaluation.settings import UNPRUNED, as_setting
-from repository import (
-    add_model_arguments,
-    at_least_one,
-    environment,
-    fail,
-    load,
-    output_prefix,
-    recorded_command,
-    write_results,
-)
+from repository import add_model_arguments, at_least_one, environment, fail, load, recorded_command
 from toy_world import NUM_FRAMES, TABLES_START
 from tqdm import tqdm
+from writing import output_prefix, table, write_results
 
 FIRST_SCENE = TABLES_START + 20_000  # no table begins there
 BUDGET, TRAINED = (

@@ -10,7 +10,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from repository import code_module, fail, output_prefix, parse_setting
+from repository import code_module, fail, parse_setting
+from writing import output_prefix, replacing
 
 NEEDED = {"kind", "setting", "keep_ratio", "accuracy", "low", "high"}
 MARKERS = "os^Dv<>PX*hp"
@@ -58,9 +59,8 @@ def draw_plots(report: dict, output: Path) -> list:
             figures["time"] = _against_time(pyplot, rows, kind)
         for name, figure in figures.items():
             paths.append(output.with_name(f"{output.name}.{kind}-{name}.png"))
-            temporary = paths[-1].with_suffix(".part")
-            figure.savefig(temporary, dpi=120, bbox_inches="tight", format="png")
-            temporary.replace(paths[-1])
+            with replacing(paths[-1]) as temporary:
+                figure.savefig(temporary, dpi=120, bbox_inches="tight")
             pyplot.close(figure)
             print(f"plot written to {paths[-1]}")
     return paths

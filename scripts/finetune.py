@@ -16,14 +16,14 @@ Examples:
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from repository import add_model_arguments, at_least_one, fail, keep_ratio, load, output_folder
+from repository import add_model_arguments, at_least_one, fail, keep_ratio, load
 from toy_world import HELD_OUT_START, sample_image, sample_video
 from tqdm import tqdm
+from writing import output_folder, replacing
 
 KINDS = ("image", "video")
 IGNORED = -100  # the label of a token whose prediction does not count
@@ -218,8 +218,8 @@ class Run:
         self.model.save_pretrained(self.folder)
         state = {"settings": self.settings, "step": self.step, "optimizer": self.optimizer.state_dict()}
         state["weights"] = {name: weight.detach().cpu() for name, weight in self.weights.items()}
-        torch.save(state, self.folder / f"{STATE}.part")
-        os.replace(self.folder / f"{STATE}.part", self.folder / STATE)
+        with replacing(self.folder / STATE) as temporary:
+            torch.save(state, temporary)
 
     def loss(self, batch: dict):
         device, dtype = self.model.device, self.model.dtype

@@ -37,9 +37,10 @@ import torch
 import transformers
 from fuzzing.cases import TEXT_TOWER, Case, draw_case
 from fuzzing.reference import Layout, Row
-from repository import ROOT, at_least_one, code_module, environment, output_prefix, recorded_command, write_results
+from repository import ROOT, at_least_one, code_module, environment, recorded_command
 from tqdm import tqdm
 from transformers import DynamicCache
+from writing import output_prefix, write_results
 
 sys.path.append(str(ROOT / "tests" / "support"))  # the builders of small models are those of the tests
 code_module("configuration_rediprune")

@@ -11,9 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
-from evaluation.report import percent, table
+from evaluation.report import percent
 from make_lmms_task import TASKS
-from repository import environment, fail, keep_ratio, output_prefix, write_results
+from repository import environment, fail, keep_ratio
+from writing import output_prefix, table, write_results
 
 
 def read_lines(path: Path) -> list:

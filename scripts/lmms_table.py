@@ -13,8 +13,8 @@ import json
 import statistics
 from pathlib import Path
 
-from evaluation.report import table
-from repository import fail, output_prefix, write_results
+from repository import fail
+from writing import output_prefix, table, write_results
 
 # Task, metric, column, and what makes the figure a percentage where lmms-eval gives a share.
 COLUMNS = (

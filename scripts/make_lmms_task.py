@@ -19,8 +19,9 @@ import av
 import numpy as np
 from evaluation.questions import add_scene_arguments, check_scenes
 from PIL import Image
-from repository import ROOT, fail, output_folder, write_whole
+from repository import ROOT, fail
 from toy_world import TABLES_START, sample_image, sample_video
+from writing import output_folder, replacing, write_whole
 
 TEMPLATE = ROOT / "scripts" / "lmms_task"
 TASKS = {"video": "rediprune_world", "image": "rediprune_world_image"}
@@ -29,19 +30,20 @@ FPS = 2
 
 def write_lossless(path: Path, frames: np.ndarray) -> None:
     """Encodes frames (F, height, width, 3), uint8, without loss, and makes sure that they come back as they were."""
-    temporary = path.with_name(path.stem + ".part.mkv")
-    with av.open(str(temporary), "w") as container:
-        stream = container.add_stream("ffv1", rate=Fraction(FPS))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "bgr0"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    with av.open(str(temporary)) as container:
-        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    if not np.array_equal(decoded, frames):
-        fail(f"{path}: the video does not come back as it was written; another PyAV may do: pip install --upgrade av")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        with av.open(str(temporary), "w") as container:
+            stream = container.add_stream("ffv1", rate=Fraction(FPS))
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "bgr0"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        with av.open(str(temporary)) as container:
+            decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        if not np.array_equal(decoded, frames):
+            fail(
+                f"{path}: the video does not come back as it was written; another PyAV may do: pip install --upgrade av"
+            )
 
 
 def write_task(folder: Path, num_scenes: int, first_scene: int = TABLES_START, kind: str = "video") -> int:

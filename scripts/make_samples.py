@@ -12,8 +12,9 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
-from repository import fail, output_folder, write_whole
+from repository import fail
 from toy_world import HELD_OUT_START, sample_image, sample_video
+from writing import output_folder, replacing, write_whole
 
 SCALE = 4  # the world is 96 pixels wide: enlarged, so that a person sees something
 HOLD = 6  # video frames for each frame of the world
@@ -23,8 +24,7 @@ FPS = 12
 def write_video(path: Path, frames: np.ndarray) -> None:
     """Encodes frames (F, height, width, 3), uint8, as H.264."""
     frames = frames.repeat(HOLD, 0).repeat(SCALE, 1).repeat(SCALE, 2)
-    temporary = path.with_name(path.stem + ".part.mp4")
-    with av.open(str(temporary), "w") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -32,7 +32,6 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    temporary.replace(path)
 
 
 def main(argv=None):

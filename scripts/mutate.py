@@ -31,10 +31,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evaluation.log import JsonLines, claimed
-from evaluation.report import table
 from mutate_faults import faults_of, parses
-from repository import ROOT, at_least_one, environment, fail, output_prefix, recorded_command, write_results
+from repository import ROOT, at_least_one, environment, fail, recorded_command
 from tqdm import tqdm
+from writing import output_prefix, table, write_results
 
 METHOD_TESTS = ("test_methods.py", "test_reference.py", "test_methods_in_model.py")
 MODEL_TESTS = (

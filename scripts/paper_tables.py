@@ -5,10 +5,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
-from benchmarking.tables import table
 from lmms_table import read_json, read_run
 from repository import ROOT
 from tflops import prefill
+from writing import table
 
 UNPRUNED = "original"
 LOADING_SECONDS = 60  # of a run, before its first sample: an assumption, like `other_seconds` of the benchmarks

@@ -15,9 +15,10 @@ import json
 import sys
 
 import torch
-from repository import ROOT, environment, fail, load, parse_setting, write_whole
+from repository import ROOT, environment, fail, load, parse_setting
 from safetensors.torch import load_file, save
 from tqdm import tqdm
+from writing import write_whole
 
 REFERENCE = ROOT / "tests" / "golden" / "reference"
 # Every method as its paper has it, and the keys that change what a set is, how tokens are compared and where they stand.

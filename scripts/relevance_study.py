@@ -16,18 +16,10 @@ from collections import defaultdict
 import numpy as np
 import torch
 from evaluation.questions import Questions, add_scene_arguments, check_scenes
-from repository import (
-    add_model_arguments,
-    code_module,
-    environment,
-    fail,
-    load,
-    output_prefix,
-    recorded_command,
-    write_results,
-)
+from repository import add_model_arguments, code_module, environment, fail, load, recorded_command
 from toy_world import CHOICES_START, object_map, sample_video
 from tqdm import tqdm
+from writing import output_prefix, table, write_results
 
 SHOWN = 0.3  # a token shows an object from this share of its area on
 
@@ -170,14 +162,15 @@ def markdown(record: dict) -> str:
         f"{record['questions']} questions about {record['scenes']} held-out videos whose object is in the video. Share of pairs in "
         "which a token that shows it is ahead of one that does not (0.5 = chance), mean over the types of question; and the "
         "same where the other token shows another object. Tokens compete in their frame, or in the whole video.\n",
-        "| relevance | frame: all tokens | other objects | video: all tokens | other objects |\n|---|---|---|---|---|",
     ]
+    header = ["relevance", "frame: all tokens", "other objects", "video: all tokens", "other objects"]
+    rows = []
     for name in by_scope["frame"]:
         cells = [
             by_scope[scope][name][key] for scope in by_scope for key in ("against_all_tokens", "against_other_objects")
         ]
-        lines.append(f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *(f"{cell:.3f}" for cell in cells)])
+    return "\n".join([*lines, *table(header, rows)]) + "\n"
 
 
 def main(argv=None):

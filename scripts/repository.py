@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import threading
 import time
 import types
@@ -31,8 +30,6 @@ TOWER_FIELDS = {
     "last_attention",
     "last_keys",
 }  # what a method may need of the vision tower
-ENDINGS = (".json", ".md", ".png", ".html")  # of result files
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -196,66 +193,6 @@ def recorded_command(script: str, argv=None) -> str:
     """
     arguments = sys.argv[1:] if argv is None else argv
     return shlex.join(["python", Path(script).resolve().relative_to(ROOT).as_posix(), *map(str, arguments)])
-
-
-def output_prefix(text: str) -> Path:
-    """The path that the endings of results are put after. Ends the program, before any work, if nothing can be written there."""
-    path = Path(text)
-    if text.endswith(("/", "\\")) or path.is_dir():
-        fail(f"--output {text} is a folder; name the files in it, for example {path / 'results'}")
-    if path.suffix in ENDINGS:
-        path = path.with_suffix("")
-    _check_writable(path.parent, f"--output {text}")
-    return path
-
-
-def output_picture(text: str, option: str) -> Path:
-    """The path of a picture to write. Ends the program, before any work, if no picture can be written there."""
-    path = Path(text)
-    if path.is_dir() or path.suffix.lower() not in PICTURES:
-        fail(f"{option} {text}: name a file that ends in {', '.join(PICTURES)}")
-    _check_writable(path.parent, f"{option} {text}")
-    return path
-
-
-def output_folder(folder: Path, option: str = "--output") -> Path:
-    """A folder to write into, made where it is missing. Ends the program, before any work, if that cannot be done."""
-    _check_writable(folder, f"{option} {folder}")
-    return folder
-
-
-def _check_writable(folder: Path, given: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        fail(f"{given}: cannot write to {folder}: {error.strerror or error}")
-
-
-def write_results(output: Path, contents: dict) -> None:
-    """Writes result files, text or bytes by the ending that their names add to `output`."""
-    for ending, content in contents.items():
-        path = output.with_name(output.name + ending)
-        try:
-            write_whole(path, content)
-        except OSError as error:
-            fail(f"{path} cannot be written: {error.strerror or error}")
-
-
-def write_whole(path, content) -> None:
-    """Writes a file, of text or of bytes, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 def flop_counter() -> FlopCounterMode:

@@ -31,7 +31,8 @@ from pathlib import Path
 import paper_tables as paper
 import torch
 from make_lmms_task import write_task
-from repository import ROOT, at_least_one, environment, fail, output_folder, write_results, write_whole
+from repository import ROOT, at_least_one, environment, fail
+from writing import output_folder, write_results, write_whole
 
 try:
     import fcntl

@@ -12,19 +12,11 @@ import time
 from unittest import mock
 
 import torch
-from benchmarking.tables import heading, milliseconds, spread, table
+from benchmarking.tables import heading, milliseconds, spread
 from encoder_cost import time_in_turns
-from repository import (
-    at_least_one,
-    code_module,
-    environment,
-    keep_ratio,
-    output_prefix,
-    recorded_command,
-    use_device,
-    write_whole,
-)
+from repository import at_least_one, code_module, environment, keep_ratio, recorded_command, use_device
 from tqdm import tqdm
+from writing import output_prefix, table, write_whole
 
 # Tokens of a set x features: frames of the tiny checkpoint, and of the 7B models before and after the projector; then
 # videos of 8 frames that share a budget, in the same order, and the last of 32 frames.

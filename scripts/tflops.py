@@ -20,6 +20,7 @@ import itertools
 from typing import NamedTuple
 
 from repository import at_least_one, code_module, fail, keep_ratio
+from writing import table
 
 CLIP_L_PATCHES = 576  # and 23 of its 24 layers run before the tapped features
 
@@ -197,9 +198,7 @@ def main(argv=None):
     header += [f"of {sizes.unpooled} a frame"] if sizes.unpooled else []
     header += ["prefill with fastv", "with vtw"] if sizes.prunes_inside else []
     header += ["encoder with evoprune", "relevance attention"] if sizes.merges else []
-    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    for row in rows_of(sizes, frames, text, args.keep_ratio):
-        print("| " + " | ".join(row) + " |")
+    print("\n".join(table(header, rows_of(sizes, frames, text, args.keep_ratio))))
 
 
 if __name__ == "__main__":

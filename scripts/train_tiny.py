@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from repository import output_folder
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -67,6 +66,7 @@ from transformers import (
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
 )
+from writing import output_folder, replacing, write_whole
 
 # Preprocessing, the same here and in the processor files that are exported.
 IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
@@ -318,7 +318,7 @@ def cached_scenes(model, kind: str, shard: int, work_dir: Path) -> list[Sample]:
         with path.open("rb") as file:
             return pickle.load(file)
     samples = encode_scenes(model, kind, range(shard * SHARD, (shard + 1) * SHARD))
-    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(samples)))
+    write_whole(path, pickle.dumps(samples))
     return samples
 
 
@@ -499,13 +499,6 @@ def stack(samples: list[Sample]) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def write_atomically(path: Path, write) -> None:
-    """A file that is either the old or the whole new one, whenever the run is killed."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Warm up, stay, and fall to 2 % over the last quarter; longer runs share their beginning with shorter ones."""
     fall = min(1.0, (steps - step) / (0.25 * steps))
@@ -550,7 +543,8 @@ class Run:
             if (step + 1) % 250 == 0 or step + 1 == steps:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.monotonic() - started}
-                write_atomically(self.path(stage), lambda path, state=state: torch.save(state, path))
+                with replacing(self.path(stage)) as temporary:
+                    torch.save(state, temporary)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:

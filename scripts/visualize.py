@@ -26,12 +26,11 @@ from repository import (
     fail,
     keep_ratio,
     load,
-    output_prefix,
     parse_setting,
     recorded_command,
-    write_results,
 )
 from tqdm import tqdm
+from writing import output_prefix, write_results
 
 DEFAULT_METHODS = ("rediprune", "divprune", "random")
 DEFAULT_RATIOS = (0.1, 0.25, 0.5)

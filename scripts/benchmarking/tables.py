@@ -2,6 +2,8 @@
 
 from statistics import median
 
+from writing import table
+
 STAGES = ("vision encoder", "selection", "projector", "prefill", "decode")
 COLUMNS = (*STAGES[:-1], "other", "decode", "end to end")
 SECOND = "second question"
@@ -68,12 +70,6 @@ def _against(base: dict, row: dict, report: dict) -> dict:
         "share_of_limit": speedup["median"] / operations,
         "selection_share_of_saving": selection / saved if saved > 0 and same_layers and row is not base else None,
     }
-
-
-def table(header: list, rows: list) -> list:
-    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"] + [
-        "| " + " | ".join(row) + " |" for row in rows
-    ]
 
 
 def milliseconds(value: dict) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from drawing.pictures import patches_of, pictures_of
 from PIL import Image, ImageDraw, ImageFont
-from repository import PICTURES, write_whole
+from writing import PICTURES, write_whole
 
 CELL = 240  # side of one frame in the picture, pixels
 MARGIN = 14

@@ -1,6 +1,7 @@
 """From answers to numbers and tables: accuracy with intervals, agreement with the unpruned model, the Pareto front."""
 
 import numpy as np
+from writing import table
 
 RESAMPLES = 2000
 
@@ -58,11 +59,6 @@ def mark_fronts(rows: list) -> None:
         costs = [row["time"]["seconds_per_question"] for row in timed]
         for row, on_front in zip(timed, pareto_front(costs, [row["accuracy"] for row in timed])):
             row["on_pareto_front"] = on_front
-
-
-def table(header: list, rows: list) -> list:
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def percent(share: float) -> str:

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from rediprune.configuration_rediprune import PruningConfig
 from rediprune.core_layout import PatchSize, Qwen3Layouts, QwenLayouts
 from rediprune.ops_selection import select_rediprune
-from repository import StageTimer, write_whole
+from repository import StageTimer
 from tiny import PATCHES, POOLED, TEXT_SIZES, tiny_config, tiny_model
 from transformers import LlamaConfig
+from writing import replacing, write_whole
 
 QUICK = ["--frames", 2, "--text", 24, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--threads", 1]
 
@@ -314,7 +315,19 @@ def test_files_are_written_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, b"half")
-    assert path.read_bytes() == b"\x89PNG"
+    assert path.read_bytes() == b"\x89PNG" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_written_by_another_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "video.mp4"
+    with replacing(path) as temporary:
+        assert temporary.suffix == ".mp4" and not path.exists()  # encoders choose the container by the ending
+        temporary.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole" and path.stat().st_mode & 0o777 == 0o644
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
 
 
 def test_plots(report, tmp_path):

@@ -133,6 +133,14 @@ def test_ask_refuses_what_cannot_be_answered(arguments, message):
         run("ask", *VIDEO, *arguments)
 
 
+@pytest.mark.parametrize("arguments", [[], ["--chat"]])
+def test_ask_says_so_where_an_answer_has_no_words(monkeypatch, capsys, arguments):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.decode", lambda *args, **kwargs: " ")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    run("ask", *VIDEO, "--question", "what is this?", *arguments)
+    assert "(nothing but the end token; the checkpoint of this repository knows" in capsys.readouterr().out
+
+
 def test_ask_takes_a_budget_in_tokens(capsys):
     video = [
         "--video",
@@ -183,6 +191,7 @@ WRITERS = {
     "encoder_cost": ["--output", "OUTPUT"],
     "selection_cost": ["--output", "OUTPUT"],
     "check_ecosystem": ["--output", "OUTPUT"],
+    "graph_breaks": ["--output", "OUTPUT", *VIDEO],
     "finetune": ["--output", "OUTPUT"],
     "lmms_compare": ["--output", "OUTPUT", "--questions", "missing", "--pair", "a", "b", "rediprune", "0.1"],
     "lmms_table": ["--output", "OUTPUT", "a=missing"],
