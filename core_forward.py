@@ -229,6 +229,7 @@ class PrunedForwardMixin(MediaStagesMixin, LanguageForwardMixin):
         self.prune_items(items, pruning, question, return_signals)
         return items
 
+    @torch.compiler.disable  # how long a question is depends on the prompt
     def _question(self, pruning, embeds, is_question, input_ids, clip_ids, clip_mask, word_ids) -> Question:
         rows = range(len(embeds))
         question = Question([embeds[row].detach()[is_question[row]] for row in rows])

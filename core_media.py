@@ -116,6 +116,7 @@ class MediaStagesMixin:
                 f"pixel_values hold {len(images)} images, but image_sizes {len(sizes.image_sizes)}; pass all that the processor returned."
             )
 
+    @torch.compiler.disable  # it asks for values of tensors, and has nothing that a compiler could make faster
     def placed_items(self, pixels: dict, sizes: MediaSizes, pruning, masks: dict, encoded=None, **tower) -> list:
         """The checked `MediaItem`s of a prompt, from pixels or [`EncodedMedia`], with the rows that they are in."""
         if encoded is not None:
@@ -224,6 +225,7 @@ class MediaStagesMixin:
             signals = signals_of(pruning) if pruning.prunes else frozenset()
         self.encoder_class(self, pruning, signals, **tower).encode(items, pixels)
 
+    @torch.compiler.disable  # a compiler would write out every step of a loop over the kept tokens
     def prune_items(self, items: list, pruning, question: Question, return_signals: bool = False) -> None:
         """Fills in which tokens of every `MediaItem` stay, for a question; see `Pruner`."""
         place_tokens = lambda features: self.joint_space().place_tokens(features)  # noqa: E731

@@ -98,9 +98,12 @@ def check_context(text_config, length: int) -> None:
 
 
 def warn_beyond_context(text_config, position_ids: torch.Tensor) -> None:
-    """Warns, once for each model size, where a prompt reaches positions that the language model was not made for."""
+    """
+    Warns, once for each model size, where a prompt reaches positions that the language model was not made for. Compiled code
+    does not ask, which would split its graph.
+    """
     limit = context_length(text_config)
-    if position_ids.shape[-1] == 1 or limit in _WARNED_CONTEXTS:
+    if torch.compiler.is_compiling() or position_ids.shape[-1] == 1 or limit in _WARNED_CONTEXTS:
         return
     length = int(position_ids.max()) + 1
     if length > limit:
