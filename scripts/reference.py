@@ -60,7 +60,14 @@ def samples() -> list:
 def observe(setting: str) -> tuple:
     """Kept tokens and answer for each sample as JSON, and the logits of the first answer token (samples, vocabulary)."""
     args = argparse.Namespace(
-        model=str(ROOT), revision="main", subfolder="", device="cpu", dtype="float32", attention="sdpa", threads=1, pruning=[]
+        model=str(ROOT),
+        revision="main",
+        subfolder="",
+        device="cpu",
+        dtype="float32",
+        attention="sdpa",
+        threads=1,
+        pruning=[],
     )
     model, processor = load(args, parse_setting(setting))
     records, logits = [], []

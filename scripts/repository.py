@@ -53,7 +53,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default=str(ROOT), help="folder or Hub id (default: the checkpoint of this repository)"
     )
     group.add_argument("--revision", default="main", help="revision of a Hub id")
-    group.add_argument("--subfolder", default="", help="folder of the model in which its weights are, such as checkpoints/seed1")
+    group.add_argument(
+        "--subfolder", default="", help="folder of the model in which its weights are, such as checkpoints/seed1"
+    )
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: as the checkpoint says")
     group.add_argument("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"])
@@ -148,7 +150,9 @@ def check_model(model: str, revision: str, subfolder: str = "") -> None:
     """Ends the program where a model is neither a folder nor on the Hub, or cannot be had from there."""
     if os.path.isdir(model):
         if not os.path.isfile(os.path.join(model, subfolder, "config.json")):
-            fail(f"--model {model}{f' --subfolder {subfolder}' if subfolder else ''}: no config.json there; give the folder of a model")
+            fail(
+                f"--model {model}{f' --subfolder {subfolder}' if subfolder else ''}: no config.json there; give the folder of a model"
+            )
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         fail(f"--model {model}: no such folder, and not a Hub id (NAMESPACE/NAME) either")
