@@ -229,7 +229,9 @@ class MediaStagesMixin:
     def prune_items(self, items: list, pruning, question: Question, return_signals: bool = False) -> None:
         """Fills in which tokens of every `MediaItem` stay, for a question; see `Pruner`."""
         place_tokens = lambda features: self.joint_space().place_tokens(features)  # noqa: E731
-        pruner = Pruner(pruning, self.project, place_tokens, self.model.language_model, self.largest_of_heads)
+        pruner = Pruner(
+            pruning, self.project, place_tokens, self.model.language_model, self.largest_of_heads, self.sum_of_heads
+        )
         pruner(items, question, return_signals)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:

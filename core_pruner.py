@@ -13,10 +13,14 @@ from .methods_base import VisualTokens
 from .methods_registry import METHODS
 from .ops_query import align_query, build_query, cosine_relevance
 from .ops_relevance import (
+    LATE_LAYERS,
     attention_affinity,
     attention_relevance,
     clip_relevance,
+    late_attention,
+    read_by_layers,
     read_question,
+    spread_relevance,
     stack_affinity,
     word_affinity,
 )
@@ -34,6 +38,7 @@ class Pruner:
         place_tokens: features in CLIP's joint space, for `relevance="clip"`.
         language_model: a decoder with `layers`, for `relevance="attention"`.
         largest_of_heads: of affinities that are the largest of this process's heads, those of all heads.
+        sum_of_heads: the same of those that are their sum.
     """
 
     pruning: object
@@ -41,6 +46,7 @@ class Pruner:
     place_tokens: Callable
     language_model: torch.nn.Module
     largest_of_heads: Callable
+    sum_of_heads: Callable
 
     @property
     def method(self):
@@ -81,15 +87,23 @@ class Pruner:
             item.signals = list(seen) if keep_signals else None
 
     def _words(self, question: Question) -> list:
-        """For each row the text that its tokens are compared with (T, H); `None` where the text is not used."""
+        """For each row the text that its tokens are compared with (T, H), of "late_attention" in several layers (n, T, H); `None`
+        where the text is not used."""
         reads = self.pruning.prunes and self.method.required_signals & {"relevance", "text_affinity"}
         if not reads or self.pruning.query_weighting == "none":
             return None
         words = question.embeds if question.words is None else question.words
         words = [row[-self.pruning.query_max_tokens :] for row in words]
-        if question.words is None and self.pruning.resolved("relevance") == "attention":
-            return [read_question(self.language_model, row, self.pruning.relevance_layer) for row in words]
-        return words
+        if question.words is not None or not self.pruning.reads_layers:
+            return words
+        first = self.pruning.relevance_layer
+        if self._sees_late:
+            return [read_by_layers(self.language_model, row, first, LATE_LAYERS) for row in words]
+        return [read_question(self.language_model, row, first) for row in words]
+
+    @property
+    def _sees_late(self) -> bool:
+        return self.pruning.num_relevance_layers > 1
 
     def _prune_sets(self, signals: dict, num_kept: int, grid, words, rows, clip) -> tuple:
         """
@@ -113,7 +127,9 @@ class Pruner:
             tokens.grid = grid
             features, kept = self.method.reduce(tokens, num_kept, self.pruning)
             if weighs or merge_weight:
-                nearest = nearest_kept(tokens.compared, kept, tokens.times, self.pruning.resolved("time_weight"))
+                time_weight = self.pruning.resolved("group_time_weight")
+                time_weight = self.pruning.resolved("time_weight") if time_weight is None else time_weight
+                nearest = nearest_kept(tokens.compared, kept, tokens.times, time_weight)
                 token_sizes = group_sizes(nearest, num_kept)
             if merge_weight:
                 means = group_means(tokens.features, nearest, num_kept)
@@ -139,7 +155,7 @@ class Pruner:
         reads = required & {"relevance", "text_affinity"} if words is not None else frozenset()
         groups = pruning.resolved("proportional_attention") or pruning.resolved("merge_weight")
         compares_projected = ("compared" in required or groups) and distance == "projected"
-        reads_projected = reads and (relevance in ("projected", "attention") or "text_affinity" in reads)
+        reads_projected = reads and (relevance not in ("pooled", "clip") or "text_affinity" in reads)
         if tokens.projected is None and ("projected" in required or compares_projected or reads_projected):
             tokens.projected = tokens.features if pruning.after_projector else self.project(tokens.features)
         tokens.compared = tokens.projected if distance == "projected" else tokens.features
@@ -148,7 +164,7 @@ class Pruner:
         if "relevance" in reads:
             tokens.relevance = self._relevance(tokens, words, rows, clip)
         if "text_affinity" in reads:
-            compare = self._attention_affinity if relevance == "attention" else word_affinity
+            compare = self._attention_affinity if pruning.reads_layers else word_affinity
             share = lambda text, projected: compare(text, projected) / len(text)  # noqa: E731
             tokens.text_affinity = affinity_by_question(share, words, tokens.projected, rows)
         return tokens
@@ -158,6 +174,9 @@ class Pruner:
         relevance = self.pruning.resolved("relevance")
         if relevance == "clip":
             return clip_relevance(tokens.joint, clip.to(tokens.joint.device)[rows])
+        if relevance == "late_attention":
+            relevance = affinity_by_question(self._late_attention, words, tokens.projected, rows)
+            return spread_relevance(relevance.sum(1), tokens.projected)
         if relevance == "attention":
             return attention_relevance(affinity_by_question(self._attention_affinity, words, tokens.projected, rows))
         queries = torch.stack([build_query(text, self.pruning.query_weighting) for text in words])
@@ -169,6 +188,12 @@ class Pruner:
     def _attention_affinity(self, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         layer = self.language_model.layers[self.pruning.relevance_layer]
         return self.largest_of_heads(attention_affinity(layer, words, tokens))
+
+    def _late_attention(self, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(n, layers, L) for states (layers, T, H)."""
+        layers = self.language_model.layers[self.pruning.relevance_layer :]
+        rows = [late_attention(layer, words, tokens) for layer, words in zip(layers, states)]
+        return self.sum_of_heads(torch.stack(rows, dim=1))
 
 
 def arranged_sets(item, pruning) -> list:
@@ -200,7 +225,7 @@ def affinity_by_question(compare, words: list, projected: torch.Tensor, rows: li
         end = start + len(list(group))
         tokens, start = projected[start:end], end
         text = words[row].to(tokens.device)
-        parts.append(compare(text, tokens) if len(text) else tokens.new_zeros(len(tokens), 0, tokens.shape[1]).float())
+        parts.append(compare(text, tokens) if text.shape[-2] else tokens.new_zeros(len(tokens), 0, tokens.shape[1]).float())
     return stack_affinity(parts)
 
 

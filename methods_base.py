@@ -97,6 +97,7 @@ class Method:
     scope = "frame"
     distance = "features"
     time_weight = 0.0
+    group_time_weight = None
     proportional_attention = False
     merge_weight = 0.0
     positions = "compact"

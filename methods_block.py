@@ -5,6 +5,7 @@ from typing import Optional
 
 from .methods_registry import INNER_METHODS, METHODS
 from .methods_settings import collect_settings
+from .ops_relevance import LATE_LAYERS
 from .ops_selection import count_kept
 
 
@@ -27,14 +28,18 @@ class PruningConfig:
             all frames of a video jointly, image views by themselves; `"item"` = all tokens of a video or an image.
         relevance (`str`, *optional*): the space in which tokens and question are compared, for the methods that look at the
             question. `"pooled"` = the ReDiPrune paper's; `"projected"` = the language model's input embeddings;
-            `"attention"` = the query-key space of one of its first layers; `"clip"` = the joint space of `text_tower`.
-        relevance_layer (`int`, defaults to 1): the layer of `"attention"`; the question goes through the layers before it.
+            `"attention"` = the query-key space of one of its first layers; `"late_attention"` = of several, where the later words
+            count more and like tokens share what they get; `"clip"` = the joint space of `text_tower`.
+        relevance_layer (`int`, defaults to 1): the layer of `"attention"`; the question goes through the layers before it. Of
+            `"late_attention"` the first of four.
         text_tower (`str`, *optional*): the CLIP checkpoint that the vision tower was made from, a Hub id (`"id@revision"` to
             pin it) or a folder (absolute, or relative to the variant's and beginning with `.`). With it `"cdpruner"` and
             `"trim"` compare as their papers do; its weights are loaded when they are needed and not saved with the model.
         distance (`str`, *optional*): what max-min diversity is measured in, `"features"` of the vision tower or
             `"projected"` tokens. Used by the ReDiPrune methods and `"divprune"`.
         time_weight (`float`, *optional*): what the whole length of a video adds to that distance, in [0, 1e6].
+        group_time_weight (`float`, *optional*): the same where it is asked which kept token another one belongs to, for the two
+            keys below; `None` of a method = `time_weight`.
         proportional_attention (`bool`, *optional*): a kept token weighs in the language model's attention as much as all
             tokens that it stands for.
         distance_bias (`bool`, defaults to `False`): in the pass of a pruned prompt, attention logits grow with the distance between
@@ -235,6 +240,17 @@ class PruningConfig:
         return reads and self.resolved("relevance") == "clip"
 
     @property
+    def reads_layers(self) -> bool:
+        """Whether tokens and question are compared in layers of the language model, where anything is pruned."""
+        return self.resolved("relevance") in ("attention", "late_attention")
+
+    @property
+    def num_relevance_layers(self) -> int:
+        """In how many layers of it at most: `"late_attention"` is a relevance, word by word there is the first of them alone."""
+        late = self.resolved("relevance") == "late_attention"
+        return LATE_LAYERS if late and "relevance" in METHODS[self.method].required_signals else 1
+
+    @property
     def reads_clip(self) -> bool:
         """Whether the question is read by a CLIP text tower, so that the processor has to give its token ids."""
         return self.prunes and self.compares_in_clip
@@ -244,7 +260,7 @@ class PruningConfig:
         """Whether the question's content words are looked up, so that the processor has to give their token ids."""
         reads = "text_affinity" in METHODS[self.method].required_signals and self.query_weighting != "none"
         return (
-            self.prunes and reads and self.resolved("relevance") != "attention" and self.resolved("words") == "content"
+            self.prunes and reads and not self.reads_layers and self.resolved("words") == "content"
         )
 
     @property

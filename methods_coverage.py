@@ -32,7 +32,8 @@ class MMTok(Method):
 
     Parameters:
         words (`str`, *optional*): which tokens of the question are covered. `"content"` = those of its content words, which the
-            processor finds; `"all"` = all of the text. `None` = `"content"`. With the relevance `"attention"` it is always all.
+            processor finds; `"all"` = all of the text. `None` = `"content"`. With the relevance `"attention"` or `"late_attention"`,
+            which are the same here, it is always all.
     """
 
     required_signals = frozenset({"text_affinity"})
@@ -40,10 +41,10 @@ class MMTok(Method):
     words = "content"
 
     def check(self, values):
-        if values["words"] == "content" and values["relevance"] == "attention":
+        if values["words"] == "content" and values["relevance"] in ("attention", "late_attention"):
             raise ValueError(
-                "pruning key words is 'content', which looks words up one by one, but relevance='attention' reads the whole "
-                "question; set words to 'all', or choose another relevance"
+                f"pruning key words is 'content', which looks words up one by one, but relevance={values['relevance']!r} reads the "
+                "whole question; set words to 'all', or choose another relevance"
             )
 
     def select(self, tokens, num_kept, pruning):

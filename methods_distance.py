@@ -69,16 +69,18 @@ class ReDiPrunePlus(ReDiPrune):
     ReDiPrune's rule with other choices around it, not the paper's.
 
     The frames of a video share one budget, and distance is that of projected tokens (DivPrune's); relevance is measured in the
-    query-key space of an early layer; to be far in time is also to be far; a kept token weighs in attention as much as the tokens
+    query-key space of early layers, by the words that have read the question (FastV, arXiv 2403.06764, looks at the last one), and
+    shared by tokens that look alike; to be far in time is also to be far; a kept token weighs in attention as much as the tokens
     that it stands for (ToMe's proportional attention, arXiv 2210.09461; in pruned models PACT and RESTORE, 2606.01711), takes on
     a part of their features, and stands where it stood (RESTORE; V-CAST, 2603.27650). This relevance, the term of time, the part of
     the features and the combination are this project's own. docs/methods.md has it step by step.
     """
 
-    relevance = "attention"
+    relevance = "late_attention"
     scope = "video"
     distance = "projected"
     time_weight = 0.25
+    group_time_weight = 1.0
     proportional_attention = True
     merge_weight = 0.3
     positions = "original"

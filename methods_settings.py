@@ -103,6 +103,7 @@ SHARED = {
     "text_tower": text(None, "the Hub id or folder of a CLIP checkpoint"),
     "distance": choice(None, ("features", "projected")),
     "time_weight": number(None, 0, LARGEST_WEIGHT),
+    "group_time_weight": number(None, 0, LARGEST_WEIGHT),
     "proportional_attention": switch(None),
     "distance_bias": switch(False),
     "merge_weight": number(None, 0, 1),

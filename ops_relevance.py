@@ -13,9 +13,13 @@ from .ops_tokens import MIN_NORM, in_double
 #     ReDiPrune paper's. Nothing has trained these two spaces to agree.
 # "projected": cosine of the projected tokens with that vector, in the space of the language model's input embeddings.
 # "attention": `attention_affinity`, in the query-key space of one of the language model's first layers.
+# "late_attention": `late_attention` of several of these layers, where the later words count more, and `spread_relevance`.
 # "clip": `clip_relevance`, in the joint space of a CLIP checkpoint; CDPruner's and TRIM's.
-RELEVANCES = ("pooled", "projected", "attention", "clip")
+RELEVANCES = ("pooled", "projected", "attention", "late_attention", "clip")
 WORD_TEMPERATURE = 0.02
+LATE_LAYERS = 4  # so many layers, from `relevance_layer` on, are looked at
+LATENESS = 6  # the last word counts e^6 times as much as the first
+LIKENESS = 0.1  # a token whose cosine is so much below 1 counts 1 / e of an equal one
 
 __all__ = [
     "RELEVANCES",
@@ -24,22 +28,29 @@ __all__ = [
     "attention_affinity",
     "clip_relevance",
     "cosine_relevance",
+    "late_attention",
+    "read_by_layers",
     "read_question",
+    "spread_relevance",
     "stack_affinity",
     "word_affinity",
 ]
 
 
 @torch.no_grad()
-def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch.Tensor:
+def read_by_layers(language_model, words: torch.Tensor, num_layers: int, num_states: int) -> torch.Tensor:
     """
-    The states (T, H) of a question after the first layers of the language model, which read it alone, without the visual
-    tokens. These states are contextual (of "red star", "star" has attended to "red"); input embeddings are not.
+    The states of a question in several layers, after the first layers of the language model, which read it alone, without the visual tokens. These
+    states are contextual (of "red star", "star" has attended to "red"); input embeddings are not.
 
     Args:
         language_model: a decoder with `layers`, `rotary_emb` and `config`.
         words: (T, H) input embeddings of the question.
-        num_layers: how many layers read it; with 0 the embeddings are returned.
+        num_layers: how many layers read it before the first of these states; with 0 that is the embeddings.
+        num_states: of how many layers in turn the input is asked for; fewer where the model ends before.
+
+    Returns:
+        (n, T, H), n = 1 to `num_states`.
 
     Raises:
         ValueError: the model has no layer left whose attention could be looked at.
@@ -49,8 +60,9 @@ def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch
         raise ValueError(
             f"relevance_layer={num_layers} must be below {total}, the number of layers that the language model has."
         )
-    if num_layers == 0 or len(words) == 0:
-        return words
+    last = min(num_layers + num_states, total) - 1
+    if last == 0 or len(words) == 0:
+        return words[None].expand(last - num_layers + 1, -1, -1)
     states, mask = words[None], None
     positions = torch.arange(len(words), device=words.device)[None]
     if "flash" not in (language_model.config._attn_implementation or ""):  # which is causal by itself
@@ -60,10 +72,17 @@ def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # Text has one number in all three rows of multimodal positions.
     places = language_model.rotary_emb(states, positions.expand(3, 1, -1) if "mrope_section" in rope else positions)
-    for layer in language_model.layers[:num_layers]:
+    inputs = [states]
+    for layer in language_model.layers[:last]:
         states = layer(states, attention_mask=mask, position_ids=positions, position_embeddings=places)
         states = states[0] if isinstance(states, tuple) else states
-    return states[0]
+        inputs.append(states)
+    return torch.cat([states.to(words.device) for states in inputs[num_layers:]])
+
+
+def read_question(language_model, words: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """The same of one layer, (T, H): the states after the first `num_layers` layers."""
+    return read_by_layers(language_model, words, num_layers, 1)[0]
 
 
 @torch.no_grad()
@@ -109,6 +128,37 @@ def attention_relevance(rows: torch.Tensor) -> torch.Tensor:
     largest = rows.amax(1)
     low, high = largest.aminmax(dim=1, keepdim=True)
     return (largest - low) / (high - low).clamp_min(MIN_NORM)
+
+
+def late_attention(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    (N, L) fp32: the sum over heads of `attention_by_head`, where the words are weighted by exp(6 j / (T - 1)), j from 0.
+
+    A word has read those before it, and the last ones, which ask for the answer, all of the question.
+    """
+    places = torch.arange(len(words), dtype=torch.float32, device=words.device)
+    weights = (LATENESS * places / max(1, len(words) - 1)).softmax(0)
+    return attention_by_head(layer, words, tokens).sum(1).mul(weights[:, None]).sum(1)
+
+
+@torch.no_grad()
+def spread_relevance(relevance: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    What shows the same is as relevant: of each token the mean relevance of all tokens of its set, weighted by their likeness to it,
+    exp((cosine - 1) / 0.1), and scaled to [0, 1] in each set.
+
+    Args:
+        relevance: (N, L) fp32, at least 0.
+        tokens: (N, L, H) projected visual tokens.
+
+    Returns:
+        (N, L) fp32.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = F.normalize(tokens.float(), dim=-1, eps=MIN_NORM)
+        spread = (((unit @ unit.mT - 1) / LIKENESS).softmax(-1) @ relevance[..., None])[..., 0]
+    low, high = spread.aminmax(dim=1, keepdim=True)
+    return (spread - low) / (high - low).clamp_min(MIN_NORM)
 
 
 @torch.no_grad()

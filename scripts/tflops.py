@@ -64,16 +64,18 @@ def encoder(
 
 
 def attention_relevance(
-    visual_tokens: int, question_tokens: int, layers_read=1, width=4096, mlp_width=11008, vision_width=1024
+    visual_tokens: int, question_tokens: int, layers_read=1, compared=1, width=4096, mlp_width=11008, vision_width=1024
 ) -> float:
     """
-    The same of relevance "attention": the layers that read the question by itself, the projector and one key projection over
-    all visual tokens, the queries of the question, and their products.
+    The same of relevance "attention": the layers that read the question by itself, the projector, and in each layer that is
+    compared in one key projection over all visual tokens, the queries of the question, and their products. "late_attention" reads
+    through four layers and compares in four, and compares the tokens of a video with one another.
     """
     reading = layers_read * layer_macs(question_tokens, width, mlp_width)
     projector = visual_tokens * (vision_width * width + width**2)
     comparing = (visual_tokens + question_tokens) * width**2 + question_tokens * visual_tokens * width
-    return (reading + projector + comparing) / 1e12
+    spreading = visual_tokens**2 * width if compared > 1 else 0
+    return (reading + projector + compared * comparing + spreading) / 1e12
 
 
 def inside(visual_tokens: int, staying: int, text_tokens: int, first: int, layers=32, **sizes) -> float:
@@ -158,6 +160,7 @@ def rows_of(sizes: Sizes, frames: int, text: int, ratios: list) -> list:
     """The cells of the table."""
     cost = lambda visual_tokens: prefill(visual_tokens, text, **sizes.language)  # noqa: E731
     count_kept = code_module("ops_selection").count_kept
+    late_layers = code_module("ops_relevance").LATE_LAYERS
     inner, layers = code_module("methods_registry").INNER_METHODS, sizes.language.get("layers", 32)
     native, whole = frames * sizes.pooled + sizes.newlines, encoder(**sizes.vision)
     poolings = {"true": sizes.pooled, "false": sizes.unpooled}
@@ -174,7 +177,8 @@ def rows_of(sizes: Sizes, frames: int, text: int, ratios: list) -> list:
                 first = inner[name].first_layer(layers)
                 row.append(f"{inside(frames * size, staying, text, first, **{'layers': layers, **sizes.language}):.3f}")
         if sizes.merges:
-            row += [f"{encoder(kept) / whole:.1%}", f"{attention_relevance(frames * size, text):.3f}"]
+            late = attention_relevance(frames * size, text, layers_read=late_layers, compared=late_layers)
+            row += [f"{encoder(kept) / whole:.1%}", f"{attention_relevance(frames * size, text):.3f}", f"{late:.3f}"]
         rows.append(row)
     return rows
 
@@ -197,7 +201,7 @@ def main(argv=None):
     header = ["video_pooling", "keep ratio", "tokens", "prefill", "of native"]
     header += [f"of {sizes.unpooled} a frame"] if sizes.unpooled else []
     header += ["prefill with fastv", "with vtw"] if sizes.prunes_inside else []
-    header += ["encoder with evoprune", "relevance attention"] if sizes.merges else []
+    header += ["encoder with evoprune", "relevance attention", "late_attention"] if sizes.merges else []
     print("\n".join(table(header, rows_of(sizes, frames, text, args.keep_ratio))))
 
 

@@ -14,11 +14,12 @@ RATIOS = (0.01, 0.05, 0.1, 0.15, 0.25, 0.3, 0.5, 0.75, 0.9, 0.999, 1.0)
 # Keys of the pruning block that a case may set, and to what. Those of a method that refuses them are drawn again.
 OPTIONS = {
     "scope": ("frame", "video", "item"),
-    "relevance": ("pooled", "projected", "attention", "clip"),
+    "relevance": ("pooled", "projected", "attention", "late_attention", "clip"),
     "relevance_layer": (0, 1),
     "words": ("all", "content"),
     "distance": ("features", "projected"),
     "time_weight": (0.0, 0.25, 5.0),
+    "group_time_weight": (0.0, 1.0),
     "proportional_attention": (True, False),
     "merge_weight": (0.0, 0.3, 1.0),
     "positions": ("compact", "original"),

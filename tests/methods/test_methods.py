@@ -26,6 +26,7 @@ OF_ALL = {
     "scope": "frame",
     "distance": "features",
     "time_weight": 0.0,
+    "group_time_weight": None,
     "proportional_attention": False,
     "merge_weight": 0.0,
     "positions": "compact",
@@ -33,10 +34,11 @@ OF_ALL = {
 OWN = {
     "rediprune": {},
     "rediprune_plus": {
-        "relevance": "attention",
+        "relevance": "late_attention",
         "scope": "video",
         "distance": "projected",
         "time_weight": 0.25,
+        "group_time_weight": 1.0,
         "proportional_attention": True,
         "merge_weight": 0.3,
         "positions": "original",

@@ -38,29 +38,45 @@ def image_sets(model, inputs):
 
 
 def read(model, ids):
-    """Steps 1 and 2: the tail through layer 0, alone."""
+    """Steps 1 and 2: the tail through the layers, alone: what enters layers 1 to 4, as far as there are as many."""
     placeholders = {model.config.image_token_id, model.config.video_token_id}
     last = max(place for place, token in enumerate(ids) if token in placeholders)
     tail = torch.tensor(ids[last + 1 :][-128:], dtype=torch.long)
     if not len(tail):
         return []
-    return model.model.language_model(input_ids=tail[None], output_hidden_states=True).hidden_states[1][0]
+    inputs, layers = [], model.model.language_model.layers[1:5]
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: inputs.append((args or (kwargs["hidden_states"],))[0][0]), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    model.model.language_model(input_ids=tail[None])
+    for hook in hooks:
+        hook.remove()
+    return list(zip(layers, inputs))
 
 
-def relevance(model, states, projected):
-    """Step 3."""
-    layer = model.model.language_model.layers[1]
-    attention, norm = layer.self_attn, layer.input_layernorm
+def relevance(model, read_by, projected):
+    """Steps 3 and 4."""
     heads, shared = model.config.text_config.num_attention_heads, model.config.text_config.num_key_value_heads
-    keys = attention.k_proj(norm(projected)).view(len(projected), shared, -1)
-    largest = [0.0] * len(projected)
-    for state in states:
-        queries = attention.q_proj(norm(state)).view(heads, -1)
-        for head, query in enumerate(queries):
-            logits = keys[:, head // (heads // shared)] @ query / math.sqrt(len(query))
-            largest = [max(pair) for pair in zip(largest, logits.softmax(0).tolist())]
-    low, high = min(largest), max(largest)
-    return [(value - low) / max(high - low, 1e-12) for value in largest]
+    sums = torch.zeros(len(projected))
+    for layer, states in read_by:
+        attention, norm = layer.self_attn, layer.input_layernorm
+        keys = attention.k_proj(norm(projected)).view(len(projected), shared, -1)
+        weights = [math.exp(6 * word / max(1, len(states) - 1)) for word in range(len(states))]
+        for weight, state in zip(weights, states):
+            queries = attention.q_proj(norm(state)).view(heads, -1)
+            for head, query in enumerate(queries):
+                logits = keys[:, head // (heads // shared)] @ query / math.sqrt(len(query))
+                sums += weight / sum(weights) * logits.softmax(0)
+    unit = [row / row.norm() for row in projected]
+    spread = []
+    for one in unit:
+        likeness = [math.exp((float(one @ other) - 1) / 0.1) for other in unit]
+        spread.append(sum(weight * float(value) for weight, value in zip(likeness, sums)) / sum(likeness))
+    low, high = min(spread), max(spread)
+    return [(value - low) / max(high - low, 1e-12) for value in spread]
 
 
 def first_within_a_tie(scores):
@@ -69,7 +85,7 @@ def first_within_a_tie(scores):
 
 
 def choose(scores, distance, num_kept):
-    """Step 5."""
+    """Step 6."""
     kept = [first_within_a_tie(dict(enumerate(scores)))]
     while len(kept) < num_kept:
         left = [index for index in range(len(scores)) if index not in kept]
@@ -78,16 +94,19 @@ def choose(scores, distance, num_kept):
 
 
 def prune(model, features, times, states, keep_ratio):
-    """Steps 3 to 7 for one set: the kept indices, what stands in the prompt for each, and the sizes of their groups."""
+    """Steps 3 to 8 for one set: the kept indices, what stands in the prompt for each, and the sizes of their groups."""
     projector = model.model.multi_modal_projector
     projected = projector(features)
     unit = [row / row.norm() for row in projected]
-    distance = [[1 - float(one @ other) for other in unit] for one in unit]
-    for i, one in enumerate(times):
-        for j, other in enumerate(times):
-            distance[i][j] += 0.25 * abs(one - other)
-    kept = choose(relevance(model, states, projected), distance, max(1, round(keep_ratio * len(features))))
-    groups = {token: [token] for token in kept}
+
+    def distances(time_weight):
+        return [
+            [1 - float(one @ other) + time_weight * abs(now - then) for other, then in zip(unit, times)]
+            for one, now in zip(unit, times)
+        ]
+
+    kept = choose(relevance(model, states, projected), distances(0.25), max(1, round(keep_ratio * len(features))))
+    groups, distance = {token: [token] for token in kept}, distances(1)
     for token in set(range(len(features))) - set(kept):
         groups[first_within_a_tie({u: -distance[u][token] for u in kept})].append(token)
     merged = [features[token] + 0.3 * (features[groups[token]].mean(0) - features[token]) for token in kept]
@@ -111,12 +130,12 @@ def rebuild(model, inputs, kind, keep_ratio):
         is_medium = token == token_id
         embeddings.append(next(visual) if is_medium else table(torch.tensor(token)))
         logs.append(math.log(next(sizes)) if is_medium else 0.0)
-        if is_medium:  # step 8
+        if is_medium:  # step 9
             positions.append(start + next(places))
         else:
             positions.append(column if column < start else start + length + column - after)
     least = torch.finfo(torch.float32).min
-    mask = torch.full((len(ids), len(ids)), least).triu(1) + torch.tensor(logs)  # step 9
+    mask = torch.full((len(ids), len(ids)), least).triu(1) + torch.tensor(logs)  # step 10
     outputs = model.model.language_model(
         inputs_embeds=torch.stack(embeddings)[None],
         position_ids=torch.tensor([positions]),

@@ -1,5 +1,7 @@
 """Relevance by its values, where other tests look at what is selected: the maximum over words, fp32 sums, and segments."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,9 @@ from rediprune.ops_relevance import (
     attention_relevance,
     clip_relevance,
     cosine_relevance,
+    late_attention,
+    read_by_layers,
+    spread_relevance,
     word_affinity,
 )
 from rediprune.ops_tokens import group_means, group_sizes, nearest_kept
@@ -31,6 +36,42 @@ def test_the_largest_of_all_heads_counts():
     heads, rows = attention_by_head(layer, words, tokens), attention_affinity(layer, words, tokens)
     assert torch.equal(rows, torch.stack([heads[:, head] for head in range(4)]).amax(0))
     assert not torch.allclose(rows, heads.mean(1))
+
+
+@torch.no_grad()
+def test_late_words_count_more_and_all_heads():
+    layer = tiny_model().model.language_model.layers[0]
+    generator = torch.Generator().manual_seed(0)
+    words, tokens = torch.randn(3, 32, generator=generator), torch.randn(2, 9, 32, generator=generator)
+    rows = attention_by_head(layer, words, tokens).sum(1)
+    weights = [math.exp(6 * place / 2) for place in range(3)]
+    expected = sum(weight / sum(weights) * rows[:, place] for place, weight in enumerate(weights))
+    torch.testing.assert_close(late_attention(layer, words, tokens), expected)
+    torch.testing.assert_close(late_attention(layer, words[:1], tokens), rows[:, 0])
+
+
+def test_what_shows_the_same_is_as_relevant():
+    tokens = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]]])
+    spread = spread_relevance(torch.tensor([[0.8, 0.2, 0.1, 0.1]]), tokens)
+    torch.testing.assert_close(spread, torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+    near = torch.tensor([[[1.0, 0.0], [0.9, 0.19**0.5], [0.0, 1.0]]])  # cosines 0.9, 0 and 0.44
+    weights = [[1, math.exp(-1), math.exp(-10)], [math.exp(-1), 1, math.exp(10 * (0.19**0.5 - 1))]]
+    first, second = (row[0] / sum(row) for row in weights)
+    third = math.exp(-10) / (math.exp(-10) + weights[1][2] + 1)
+    torch.testing.assert_close(
+        spread_relevance(torch.tensor([[1.0, 0.0, 0.0]]), near)[0, 1], torch.tensor((second - third) / (first - third))
+    )
+
+
+@torch.no_grad()
+def test_the_question_is_read_layer_by_layer():
+    model = tiny_model().model.language_model
+    words = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    states = model(inputs_embeds=words[None], output_hidden_states=True).hidden_states
+    for first, number, expected in [(0, 1, [0]), (0, 2, [0, 1]), (1, 1, [1]), (0, 4, [0, 1]), (1, 4, [1])]:
+        found = read_by_layers(model, words, first, number)
+        torch.testing.assert_close(found, torch.stack([states[layer][0] for layer in expected]))
+        assert read_by_layers(model, words[:0], first, number).shape == (len(expected), 0, 32)
 
 
 def random_states(*shape, seed=0):
@@ -94,7 +135,7 @@ def test_merging_is_in_fp32():
     inputs = processor(text="USER: <video>\nwhere is the star ? ASSISTANT:", videos=random_video()).to(torch.bfloat16)
     (tokens,), (medium,) = shown(model, inputs), model.select_tokens(**inputs)
     kept, features = medium.kept[None], tokens.features  # one set of all frames
-    nearest = nearest_kept(tokens.compared, kept, tokens.times, 0.25)
+    nearest = nearest_kept(tokens.compared, kept, tokens.times, 1.0)
     old, means = (
         features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1])),
         group_means(features, nearest, 6),

@@ -26,6 +26,7 @@ DEFAULTS = {
     "words": None,
     "distance": None,
     "time_weight": None,
+    "group_time_weight": None,
     "proportional_attention": None,
     "distance_bias": False,
     "merge_weight": None,
@@ -84,6 +85,7 @@ REFUSED = [
     ("distance", "pooled", "'features', 'projected', or None"),
     ("time_weight", -0.1, "a number in [0, 1000000], or None"),
     ("time_weight", 1e39, "a number in [0, 1000000], or None"),
+    ("group_time_weight", -0.1, "a number in [0, 1000000], or None"),
     ("time_weight", math.inf, "a number in [0, 1000000], or None"),
     ("distance_bias", None, "true or false"),
     ("distance_bias", 0.5, "true or false"),
@@ -94,9 +96,9 @@ REFUSED = [
     ("relevance", "clip", "text_tower is None; set text_tower to a CLIP checkpoint"),
     ("text_tower", "", "the Hub id or folder of a CLIP checkpoint, or None"),
     ("text_tower", True, "the Hub id or folder of a CLIP checkpoint, or None"),
-    ("relevance", 1, "'pooled', 'projected', 'attention', 'clip', or None"),
-    ("relevance", "cosine", "one of 'pooled', 'projected', 'attention', 'clip', or None"),
-    ("relevance", ["pooled"], "one of 'pooled', 'projected', 'attention', 'clip', or None"),
+    ("relevance", 1, "'pooled', 'projected', 'attention', 'late_attention', 'clip', or None"),
+    ("relevance", "cosine", "one of 'pooled', 'projected', 'attention', 'late_attention', 'clip', or None"),
+    ("relevance", ["pooled"], "one of 'pooled', 'projected', 'attention', 'late_attention', 'clip', or None"),
     ("alpha", math.nan, "a number in [-1000000, 1000000] (0 leaves diversity alone)"),
     ("alpha", 1e39, "a number in [-1000000, 1000000]"),
     ("alpha", -1000001, "a number in [-1000000, 1000000]"),
@@ -136,6 +138,7 @@ OTHER_THAN_DEFAULT = {
     "words": "all",
     "distance": "projected",
     "time_weight": 0.1,
+    "group_time_weight": 0.3,
     "proportional_attention": True,
     "distance_bias": True,
     "merge_weight": 0.5,
@@ -319,7 +322,7 @@ def test_an_open_key_is_the_methods_own():
         assert relevance(method, text_tower="me/clip", relevance="pooled") == "pooled"
     assert relevance("rediprune", text_tower="me/clip") == "pooled"
     assert resolved() == ("frame", "pooled", "features", 0.0, False, 0.0, "compact")
-    assert resolved(method="rediprune_plus") == ("video", "attention", "projected", 0.25, True, 0.3, "original")
+    assert resolved(method="rediprune_plus") == ("video", "late_attention", "projected", 0.25, True, 0.3, "original")
     closed = {
         "scope": "frame",
         "distance": "features",
@@ -327,7 +330,7 @@ def test_an_open_key_is_the_methods_own():
         "proportional_attention": False,
         "merge_weight": 0,
     }
-    assert resolved(method="rediprune_plus", **closed) == ("frame", "attention", "features", 0, False, 0, "original")
+    assert resolved(method="rediprune_plus", **closed) == ("frame", "late_attention", "features", 0, False, 0, "original")
 
 
 def test_files_merge_over_defaults_and_arguments_over_files(tmp_path):

@@ -92,6 +92,7 @@ def test_encoder():
 def test_attention_relevance_costs_under_a_hundredth_of_what_it_saves(size, kept):
     saved = prefill(8 * size, 60) - prefill(8 * kept, 60)
     assert attention_relevance(8 * size, question_tokens=30) / saved < 0.01
+    assert attention_relevance(8 * size, question_tokens=30, layers_read=4, compared=4) / saved < 0.025
 
 
 @torch.no_grad()

@@ -259,19 +259,20 @@ def _without_language_model(model_class, config):
     """
     The model of the variant as it encodes, prunes and projects.
 
-    Of its language model there are the first layers where the question is read by them (`relevance="attention"`): what they
+    Of its language model there are the first layers where the question is read by them (`pruning.reads_layers`): what they
     do has to be what transformers does, and vLLM's cannot be run without its cache.
     """
     config = copy.deepcopy(config)
     text_config, pruning = config.text_config, config.pruning
     reads = pruning.prunes and {"relevance", "text_affinity"} & _required(model_class, pruning)
-    reads = reads and pruning.query_weighting != "none" and pruning.resolved("relevance") == "attention"
+    reads = reads and pruning.query_weighting != "none" and pruning.reads_layers
     layers = text_config.num_hidden_layers
     if reads and pruning.relevance_layer >= layers:
         raise ValueError(
             f"relevance_layer={pruning.relevance_layer} must be below {layers}, the number of layers that the language model has."
         )
-    text_config.num_hidden_layers = pruning.relevance_layer + 1 if reads else 0
+    last = min(layers, pruning.relevance_layer + pruning.num_relevance_layers)
+    text_config.num_hidden_layers = last if reads else 0
     text_config.vocab_size, text_config.pad_token_id = 1, None
     with no_init_weights():
         model = model_class(config)
