@@ -225,7 +225,9 @@ def affinity_by_question(compare, words: list, projected: torch.Tensor, rows: li
         end = start + len(list(group))
         tokens, start = projected[start:end], end
         text = words[row].to(tokens.device)
-        parts.append(compare(text, tokens) if text.shape[-2] else tokens.new_zeros(len(tokens), 0, tokens.shape[1]).float())
+        parts.append(
+            compare(text, tokens) if text.shape[-2] else tokens.new_zeros(len(tokens), 0, tokens.shape[1]).float()
+        )
     return stack_affinity(parts)
 
 

@@ -259,9 +259,7 @@ class PruningConfig:
     def reads_words(self) -> bool:
         """Whether the question's content words are looked up, so that the processor has to give their token ids."""
         reads = "text_affinity" in METHODS[self.method].required_signals and self.query_weighting != "none"
-        return (
-            self.prunes and reads and not self.reads_layers and self.resolved("words") == "content"
-        )
+        return self.prunes and reads and not self.reads_layers and self.resolved("words") == "content"
 
     @property
     def after_projector(self) -> bool:

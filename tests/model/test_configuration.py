@@ -330,7 +330,15 @@ def test_an_open_key_is_the_methods_own():
         "proportional_attention": False,
         "merge_weight": 0,
     }
-    assert resolved(method="rediprune_plus", **closed) == ("frame", "late_attention", "features", 0, False, 0, "original")
+    assert resolved(method="rediprune_plus", **closed) == (
+        "frame",
+        "late_attention",
+        "features",
+        0,
+        False,
+        0,
+        "original",
+    )
 
 
 def test_files_merge_over_defaults_and_arguments_over_files(tmp_path):
