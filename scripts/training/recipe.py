@@ -1,0 +1,42 @@
+"""How long and with what a family is trained: all that is chosen for it, in one place."""
+
+from dataclasses import dataclass
+
+from toy_world import HELD_OUT_START
+
+TRAINING_SCENES = range(HELD_OUT_START)
+FOLLOWED_SCENES = range(HELD_OUT_START, HELD_OUT_START + 192)  # the final evaluation uses those after them
+SHARD = 2000  # scenes in one file of cached features
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    Attributes:
+        vision_steps, vision_peak: steps of the vision stage, and the highest learning rate in it.
+        vision_videos, vision_images: scenes of each kind in one of its steps.
+        language_steps, language_peak: the same of the language stage.
+        frame_steps: how many of its steps, the first ones, are about single frames.
+        video_shards, image_shards: how many shards of training scenes there are of a kind.
+        shard_steps: steps before the next shard is added.
+        videos, images, frames: scenes in one step of the language stage. Small batches: how soon answers turn right depends on
+            the number of steps more than on the number of questions in each.
+        position_weight: weight of the loss that asks visual tokens where they are.
+        muon: whether matrices of the blocks are trained with Muon, and all else with AdamW; otherwise all with AdamW.
+    """
+
+    vision_steps: int = 900
+    vision_peak: float = 1.5e-3
+    vision_videos: int = 12
+    vision_images: int = 6
+    language_steps: int = 9000
+    language_peak: float = 1e-3
+    frame_steps: int = 2000
+    video_shards: int = 7
+    image_shards: int = 3
+    shard_steps: int = 900
+    videos: int = 8
+    images: int = 8
+    frames: int = 16
+    position_weight: float = 0.5
+    muon: bool = False
