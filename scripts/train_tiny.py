@@ -9,7 +9,7 @@ Everything starts from random weights and runs on a CPU in about an hour. Two st
 
 The model always sees all visual tokens: pruning is training-free, so the checkpoint must not have met it.
 
-Families: llava_next_video (the checkpoint of this repository), qwen2_5_vl. Steps, scenes and learning rates are those of
+Families: llava_next_video (the checkpoint of this repository), llava_onevision, qwen2_5_vl. Steps, scenes and learning rates are those of
 the family's recipe unless they are given.
 
 Examples:
@@ -34,12 +34,13 @@ from training.answers import evaluate_generation
 from training.exporting import export
 from training.language import train_language
 from training.llava_next_video import LlavaNextVideo
+from training.llava_onevision import LlavaOnevision
 from training.qwen2_5_vl import Qwen2_5VL
 from training.recipe import FOLLOWED_SCENES, SHARD
 from training.runs import Run
 from training.vision import train_vision
 
-FAMILIES = {family.name: family for family in (LlavaNextVideo, Qwen2_5VL)}
+FAMILIES = {family.name: family for family in (LlavaNextVideo, LlavaOnevision, Qwen2_5VL)}
 GIVEN = {  # what of a recipe can be given
     "vision_steps": "steps of the vision stage",
     "language_steps": "steps of the language stage",

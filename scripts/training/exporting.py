@@ -43,6 +43,8 @@ def export(family, model, tokenizer: Tokenizer, output: Path) -> None:
     model.config.architectures = [type(model).__name__]
     model.config.dtype = "float32"
     model.config.save_pretrained(output)
+    config = output / "config.json"
+    write_json(config, family.published_config(json.loads(config.read_text())))
     save_file(public_layout(family, model), output / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(output / "tokenizer.json"))
     processor_class = {"processor_class": family.processor_class}

@@ -103,6 +103,10 @@ class Family(ABC):
 
     # -- export
 
+    def published_config(self, values: dict) -> dict:
+        """The config.json of the installed transformers in a form that 4.57 and 5.x read."""
+        return values
+
     @abstractmethod
     def processor_files(self) -> dict[str, dict]:
         """The processor's JSON files by name."""

@@ -17,7 +17,7 @@ from training.pixels import frames_to_pixels, stack_frames
 from training.position_heads import PlaceHead
 from training.qwen_tower import encode_grid, in_merge_order
 from training.recipe import Recipe
-from training.tokenizing import BOS, EOS, PAD, vocabulary_size
+from training.tokenizing import BOS, EOS, PAD, chat_template, vocabulary_size
 from training.vision import VisionHeads
 
 START, END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
@@ -34,6 +34,7 @@ class Qwen2_5VL(Family):
     special_tokens = (BOS, EOS, PAD, START, END, IMAGE, VIDEO)
     placeholders = {"image": IMAGE, "video": VIDEO}
     public_names = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
+    chat_template = chat_template(f"{START}{IMAGE}{END}", f"{START}{VIDEO}{END}")
     recipe = Recipe(
         vision_steps=800,
         vision_peak=2e-3,
@@ -139,6 +140,7 @@ class Qwen2_5VL(Family):
         return merger(features.unflatten(-1, (MERGE**2, -1))).unflatten(0, (len(features), -1))
 
     def written(self, kind):
+        """Between its marks."""
         return f"{START}{self.placeholders[kind]}{END}"
 
     def place(self, pack, features, image_size=None, rng=None):
@@ -166,6 +168,14 @@ class Qwen2_5VL(Family):
         return head(pack)
 
     # -- export
+
+    def published_config(self, values):
+        """As in the public checkpoints: without a block for the language model, and with the older keys of rotations."""
+        text = values.pop("text_config")
+        rope = text.pop("rope_parameters", None) or text.pop("rope_scaling")
+        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        return text | values
 
     def processor_files(self):
         cells = {"patch_size": PATCH_SIZE, "merge_size": MERGE, "temporal_patch_size": 1}

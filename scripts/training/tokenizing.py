@@ -1,5 +1,6 @@
 """The text around a question, and the tokenizer, in which every word of the questions is one token."""
 
+from repository import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from toy_world import Question, sample_image, sample_video
 
@@ -41,3 +42,12 @@ def build_tokenizer(special_tokens: tuple[str, ...]) -> Tokenizer:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Rows of the embedding table: the tokens, and some more up to a multiple of 8."""
     return -(-tokenizer.get_vocab_size() // 8) * 8
+
+
+def chat_template(image: str, video: str) -> str:
+    """The repository's chat template with other texts for an image and a video."""
+    text = (ROOT / "chat_template.jinja").read_text()
+    own = "'<' + part['type'] + '>\\n'"
+    if own not in text:
+        raise ValueError(f"chat_template.jinja has no {own}: the text of a medium, which is replaced here")
+    return text.replace(own, f"{{'image': '{image}', 'video': '{video}'}}[part['type']] + '\\n'")
