@@ -36,7 +36,7 @@ class LlavaOnevision(LlavaNextVideo):
         vision_videos=5,
         vision_images=2,
         language_steps=6000,
-        language_peak=2e-3,
+        language_peak=1.5e-3,
         frame_steps=1200,
         video_shards=4,
         image_shards=3,
