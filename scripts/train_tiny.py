@@ -28,7 +28,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from writing import output_folder
 from toy_world import TABLES_START
 from training.answers import evaluate_generation
 from training.exporting import export
@@ -39,6 +38,7 @@ from training.qwen2_5_vl import Qwen2_5VL
 from training.recipe import FOLLOWED_SCENES, SHARD
 from training.runs import Run
 from training.vision import train_vision
+from writing import output_folder
 
 FAMILIES = {family.name: family for family in (LlavaNextVideo, LlavaOnevision, Qwen2_5VL)}
 GIVEN = {  # what of a recipe can be given

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from toy_world import sample_image, sample_video
 from tqdm import tqdm
-from transformers import AutoProcessor
-
 from training.language import summary
 from training.recipe import FOLLOWED_SCENES
 from training.tokenizing import first_turn
+from transformers import AutoProcessor
 
 
 def evaluate_generation(family, folder: Path, number: int) -> dict[str, dict[str, float]]:

@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import GenerationConfig
-
 from training.pixels import IMAGE_MEAN, IMAGE_STD
 from training.tokenizing import BOS, EOS, PAD
+from transformers import GenerationConfig
 
 # What the files of image and video processors have in common.
 PIXELS = {

@@ -5,9 +5,8 @@ from abc import ABC, abstractmethod
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from toy_world import Scene
 from torch import nn
-
+from toy_world import Scene
 from training.packing import Pack, Packer
 from training.recipe import Recipe
 from training.tokenizing import BOS, build_tokenizer
@@ -87,7 +86,11 @@ class Family(ABC):
     def prefix(self, packer: Packer, kind: str, num_tokens: int) -> list[int]:
         """The ids up to the last placeholder and its marks."""
         before, after = self.written(kind).split(self.placeholders[kind])
-        return packer.encode(f"{BOS}USER: {before}") + packer.encode(self.placeholders[kind]) * num_tokens + packer.encode(after)
+        return (
+            packer.encode(f"{BOS}USER: {before}")
+            + packer.encode(self.placeholders[kind]) * num_tokens
+            + packer.encode(after)
+        )
 
     def place(self, pack: Pack, features: torch.Tensor, image_size=None, rng=None) -> Pack:
         """Gives the tokens the positions of the family; those of a pack are their places in the prompt."""

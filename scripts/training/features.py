@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from toy_world import IMAGE_SIZES, Scene, sample_image, sample_video
 from tqdm import tqdm
-
 from training.recipe import FOLLOWED_SCENES, SHARD
 from training.runs import write_atomically
 

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from toy_world import VIDEO_TYPES
-
 from training.features import Sample, ScenePool, held_out_scenes, stack
 from training.packing import Pack, answer_pack
 from training.questions import Questioner

@@ -5,13 +5,6 @@ from functools import cached_property
 import torch
 from PIL import Image
 from toy_world import FRAME_SIZE, NUM_FRAMES, PATCH_SIZE, object_map
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextVideoConfig,
-    LlavaNextVideoForConditionalGeneration,
-)
-
 from training.exporting import PIXELS
 from training.family import Family
 from training.pixels import (
@@ -26,6 +19,12 @@ from training.pixels import (
 from training.position_heads import PositionHead
 from training.tokenizing import BOS, EOS, PAD, vocabulary_size
 from training.vision import VisionHeads
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+)
 
 IMAGE, VIDEO = "<image>", "<video>"
 

@@ -4,6 +4,12 @@ from functools import cached_property
 
 import torch
 from toy_world import FRAME_SIZE, NUM_FRAMES, PATCH_SIZE
+from training.exporting import PIXELS
+from training.llava_next_video import IMAGE, VIDEO, LlavaNextVideo
+from training.pixels import GRID, GRID_PINPOINTS, IMAGE_MEAN, IMAGE_STD, frames_to_pixels, stack_frames
+from training.recipe import Recipe
+from training.tokenizing import BOS, EOS, PAD, chat_template, vocabulary_size
+from training.vision import VisionHeads
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -11,13 +17,6 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
-
-from training.exporting import PIXELS
-from training.llava_next_video import IMAGE, VIDEO, LlavaNextVideo
-from training.pixels import GRID, GRID_PINPOINTS, IMAGE_MEAN, IMAGE_STD, frames_to_pixels, stack_frames
-from training.recipe import Recipe
-from training.tokenizing import BOS, EOS, PAD, chat_template, vocabulary_size
-from training.vision import VisionHeads
 
 SIDE = {"height": FRAME_SIZE, "width": FRAME_SIZE}
 ASPECT = "anyres_max_9"

@@ -7,7 +7,6 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from toy_world import Question
-
 from training.tokenizing import EOS, PAD, first_turn, later_turn
 
 

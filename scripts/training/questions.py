@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from toy_world import NUM_FRAMES, STILL_TYPES, Question, Scene, draw_questions
-
 from training.features import Sample
 from training.packing import Pack, Packer
 

@@ -8,9 +8,6 @@ from dataclasses import replace
 
 import torch
 from toy_world import FRAME_SIZE, NUM_FRAMES, PATCH_SIZE, object_map
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.video_utils import VideoMetadata
-
 from training.exporting import PIXELS
 from training.family import Family
 from training.pixels import frames_to_pixels, stack_frames
@@ -19,6 +16,8 @@ from training.qwen_tower import encode_grid, in_merge_order
 from training.recipe import Recipe
 from training.tokenizing import BOS, EOS, PAD, chat_template, vocabulary_size
 from training.vision import VisionHeads
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.video_utils import VideoMetadata
 
 START, END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 MERGE = 2

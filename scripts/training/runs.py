@@ -75,7 +75,9 @@ class Run:
     def path(self, stage: str) -> Path:
         return self.work_dir / f"{stage}.pt"
 
-    def steps(self, stage: str, steps: int, peak: float, parts: dict[str, nn.Module], optimizer: Optimizers) -> Iterator:
+    def steps(
+        self, stage: str, steps: int, peak: float, parts: dict[str, nn.Module], optimizer: Optimizers
+    ) -> Iterator:
         """Yields (step, seconds so far) until `steps`, resuming and saving the `parts` as it goes."""
         first, seconds = 0, 0.0
         if self.path(stage).exists():

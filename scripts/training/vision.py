@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from toy_world import COLOURS, NUM_FRAMES, PAIRS, SHAPES, object_map, patch_labels, sample_video, sample_image
 from torch import nn
 from torch.nn import functional as F
-
+from toy_world import COLOURS, NUM_FRAMES, PAIRS, SHAPES, object_map, patch_labels, sample_image, sample_video
 from training.pixels import GRID, frames_to_pixels
 from training.recipe import FOLLOWED_SCENES, TRAINING_SCENES
 from training.runs import Optimizers, Run, rounded
