@@ -9,7 +9,7 @@ import torch
 from toy_world import IMAGE_SIZES, Scene, sample_image, sample_video
 from tqdm import tqdm
 from training.recipe import FOLLOWED_SCENES, SHARD
-from training.runs import write_atomically
+from writing import write_whole
 
 
 @dataclass
@@ -47,7 +47,7 @@ def cached_scenes(family, model, kind: str, shard: int, work_dir: Path) -> list[
         with path.open("rb") as file:
             return pickle.load(file)
     samples = encode_scenes(family, model, kind, range(shard * SHARD, (shard + 1) * SHARD))
-    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(samples)))
+    write_whole(path, pickle.dumps(samples))
     return samples
 
 

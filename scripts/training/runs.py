@@ -1,7 +1,6 @@
 """A training run: its state on disk, its log, its optimizer and its learning rate."""
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,13 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-
-
-def write_atomically(path: Path, write) -> None:
-    """A file that is either the old or the whole new one, whenever the run is killed."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+from writing import replacing
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -95,7 +88,8 @@ class Run:
             if (step + 1) % 250 == 0 or step + 1 == steps:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.monotonic() - started}
-                write_atomically(self.path(stage), lambda path, state=state: torch.save(state, path))
+                with replacing(self.path(stage)) as temporary:
+                    torch.save(state, temporary)
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:

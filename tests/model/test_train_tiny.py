@@ -5,33 +5,27 @@ import pytest
 import torch
 from PIL import Image
 from toy_world import IMAGE_SIZES, object_map, sample_image, sample_video
-from train_tiny import (
-    EOS,
-    IMAGE,
-    VIDEO,
-    Packer,
-    build_image_processor,
-    build_model,
-    build_tokenizer,
-    first_turn,
-    frames_to_pixels,
-    image_to_pixels,
-    later_turn,
-    project,
-    view_maps,
-)
+from train_tiny import FAMILIES
+from training.answers import evaluate_generation
+from training.exporting import export
+from training.llava_next_video import VIDEO, LlavaNextVideo
+from training.packing import Packer
+from training.pixels import build_image_processor, frames_to_pixels, image_to_pixels, view_maps
+from training.runs import Optimizers, Run
+from training.tokenizing import EOS, first_turn, later_turn
 
+family = LlavaNextVideo()
 pytestmark = pytest.mark.slow  # the vocabulary of its fixtures is counted from thousands of generated questions
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer()
+    return family.build_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    return build_model(tokenizer, seed=0).eval()
+    return family.build_model(tokenizer, seed=0).eval()
 
 
 def test_the_checkpoint_stays_small(model):
@@ -42,7 +36,7 @@ def test_pieces_are_cut_as_the_whole_chat_is(tokenizer):
     packer = Packer(tokenizer)
     a, b = sample_video(0).questions[:2]
     chat = f"USER: {VIDEO * 3}{first_turn(a)} {a.answer}{EOS}{later_turn(b)} {b.answer}{EOS}"
-    (row,) = packer(packer.prefix(VIDEO, 3), [[a, b]], np.array([False, True])).ids.tolist()
+    (row,) = packer(family.prefix(packer, "video", 3), [[a, b]], np.array([False, True])).ids.tolist()
     assert row == tokenizer.encode(chat).ids
 
 
@@ -59,9 +53,9 @@ def test_a_packed_question_gets_the_logits_of_a_lone_one(tokenizer, model):
     scene = sample_video(1)
     pixels = frames_to_pixels(scene.frames)
     features = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-    visual = project(model, model.model.vision_resampler(features)[None])
+    visual = family.project(model, model.model.vision_resampler(features)[None])
     packer = Packer(tokenizer)
-    prefix = packer.prefix(VIDEO, visual.shape[1])
+    prefix = family.prefix(packer, "video", visual.shape[1])
     pack = packer(prefix, [list(scene.questions)])
     embeds = model.get_input_embeddings()(pack.ids)
     embeds = embeds.masked_scatter((pack.ids == model.config.video_token_id)[..., None], visual)
@@ -83,7 +77,7 @@ def test_images_are_put_together_as_the_stock_model_does(model, size):
     features = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     stock = model.model.get_image_features(pixels[None], torch.tensor([size]))
     stock = getattr(stock, "pooler_output", stock)[0]
-    torch.testing.assert_close(project(model, features[None], size)[0], stock, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(family.project(model, features[None], size)[0], stock, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", IMAGE_SIZES)
@@ -100,9 +94,40 @@ def test_object_maps_of_views_lie_where_the_pixels_lie(size):
 def test_a_pack_hides_other_chats_and_padding(tokenizer):
     packer = Packer(tokenizer)
     scenes = [sample_image(0), sample_image(1)]
-    pack = packer(packer.prefix(IMAGE, 4), [list(scenes[0].questions), list(scenes[1].questions)[:2]])
+    pack = packer(family.prefix(packer, "image", 4), [list(scenes[0].questions), list(scenes[1].questions)[:2]])
     mask, segment = pack.mask()[:, 0], pack.segment
     query, key = segment[:, :, None], segment[:, None]
     assert not mask[(key != 0) & (key != query)].any()
     assert not mask.triu(1).any()
     assert mask.diagonal(dim1=1, dim2=2).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_exported_folder_answers_in_the_stock_class(name, tmp_path):
+    """Of each family, with random weights: every question about a scene of each kind gets an answer, right or wrong."""
+    chosen = FAMILIES[name]()
+    tokenizer = chosen.build_tokenizer()
+    model = chosen.build_model(tokenizer, seed=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 5e6
+    export(chosen, model, tokenizer, tmp_path / "export")
+    result = evaluate_generation(chosen, tmp_path / "export", 1)
+    assert result["video"]["questions"] == len(sample_video(0).questions) and result["image"]["questions"] > 0
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(muon, tmp_path):
+    def train(folder, steps_at_once):
+        layer, run = None, Run(folder, 0)
+        for steps in steps_at_once:
+            torch.manual_seed(0)
+            layer = torch.nn.Linear(4, 4)
+            optimizer = Optimizers(layer.parameters(), 0.1, [layer.weight] if muon else ())
+            for step, _ in run.steps("stage", 1000, 0.1, {"layer": layer}, optimizer):
+                optimizer.update(layer(torch.full((1, 4), 1.0 + step % 3)).square().sum())
+                if step + 1 == steps:
+                    break
+        return layer.weight
+
+    # The checkpoint of step 250 is what the second run starts from.
+    whole, resumed = train(tmp_path / "a", [400]), train(tmp_path / "b", [300, 400])
+    assert torch.equal(whole, resumed)
