@@ -51,8 +51,6 @@ class Family(ABC):
 
     def matrices(self, parameters: dict[str, nn.Parameter]) -> list[nn.Parameter]:
         """Those of them that Muon trains: the matrices of blocks and projector."""
-        if not self.recipe.muon:
-            return []
         return [p for name, p in parameters.items() if p.dim() == 2 and "embed" not in name and "lm_head" not in name]
 
     # -- vision stage

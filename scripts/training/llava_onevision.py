@@ -34,7 +34,7 @@ class LlavaOnevision(LlavaNextVideo):
         vision_peak=2e-3,
         vision_videos=5,
         vision_images=2,
-        language_steps=6000,
+        language_steps=4500,
         language_peak=1.5e-3,
         frame_steps=1200,
         video_shards=4,
@@ -44,7 +44,6 @@ class LlavaOnevision(LlavaNextVideo):
         images=3,
         frames=8,
         position_weight=0.2,
-        muon=True,
     )
 
     def build_config(self, tokenizer):

@@ -39,7 +39,7 @@ class Qwen2_5VL(Family):
         vision_peak=2e-3,
         vision_videos=5,
         vision_images=3,
-        language_steps=6000,
+        language_steps=4500,
         language_peak=1.5e-3,
         frame_steps=1200,
         video_shards=4,
@@ -49,7 +49,6 @@ class Qwen2_5VL(Family):
         images=6,
         frames=8,
         position_weight=0.2,
-        muon=True,
     )
 
     def build_config(self, tokenizer):

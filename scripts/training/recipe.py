@@ -22,14 +22,13 @@ class Recipe:
         videos, images, frames: scenes in one step of the language stage. Small batches: how soon answers turn right depends on
             the number of steps more than on the number of questions in each.
         position_weight: weight of the loss that asks visual tokens where they are.
-        muon: whether matrices of the blocks are trained with Muon, and all else with AdamW; otherwise all with AdamW.
     """
 
     vision_steps: int = 900
     vision_peak: float = 1.5e-3
     vision_videos: int = 12
     vision_images: int = 6
-    language_steps: int = 9000
+    language_steps: int = 4500
     language_peak: float = 1e-3
     frame_steps: int = 2000
     video_shards: int = 7
@@ -39,4 +38,3 @@ class Recipe:
     images: int = 8
     frames: int = 16
     position_weight: float = 0.5
-    muon: bool = False
