@@ -32,11 +32,10 @@ def train_language(run: Run, family, model, tokenizer: Tokenizer) -> None:
         if not warm:
             pools["image"].grow(1 + (step - recipe.frame_steps) // recipe.shard_steps)
         samples = pools["image" if kind == "images" else "video"].draw(rng, getattr(recipe, kind))
-        with torch.autocast("cpu", torch.bfloat16):
-            features = stack(samples)
-            visual, pack = getattr(questioner, kind)(samples, features, rng)
-            loss, right = answer_pack(model, pack, visual)
-            position_loss = family.position_loss(model, head, features, pack)
+        features = stack(samples)
+        visual, pack = getattr(questioner, kind)(samples, features, rng)
+        loss, right = answer_pack(model, pack, visual)
+        position_loss = family.position_loss(model, head, features, pack)
         optimizer.update(loss + recipe.position_weight * position_loss)
         remember(recent, kind, pack, right)
         if (step + 1) % 100 == 0 or step + 1 == steps:

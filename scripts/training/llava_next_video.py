@@ -103,9 +103,8 @@ class LlavaNextVideo(Family):
 
     def tapped(self, model, pixels: torch.Tensor) -> torch.Tensor:
         """Features of the tapped layer without the class token: (N, 3, 96, 96) -> (N, 144, C)."""
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = model.model.vision_tower(pixels, output_hidden_states=True)
-        return outputs.hidden_states[model.config.vision_feature_layer][:, 1:].float()
+        outputs = model.model.vision_tower(pixels, output_hidden_states=True)
+        return outputs.hidden_states[model.config.vision_feature_layer][:, 1:]
 
     # -- language
 

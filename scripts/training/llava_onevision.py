@@ -97,8 +97,7 @@ class LlavaOnevision(LlavaNextVideo):
 
     def tapped(self, model, pixels):
         """Features of the last layer: (N, 3, 96, 96) -> (N, 144, C)."""
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.look(model, pixels)[0].float()
+        return self.look(model, pixels)[0]
 
     # -- language
 

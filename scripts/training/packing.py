@@ -91,7 +91,7 @@ def answer_pack(model, pack: Pack, visual: torch.Tensor) -> tuple[torch.Tensor, 
         inputs_embeds=embeds, attention_mask=pack.mask(), position_ids=pack.position, use_cache=False
     ).last_hidden_state
     answer = pack.owner[:, 1:] >= 0
-    logits = model.lm_head(hidden[:, :-1][answer]).float()
+    logits = model.lm_head(hidden[:, :-1][answer])
     target = pack.ids[:, 1:][answer]
     wrong = torch.bincount(pack.owner[:, 1:][answer], (logits.argmax(-1) != target).float(), len(pack.types))
     return F.cross_entropy(logits, target), wrong == 0

@@ -22,7 +22,7 @@ class PositionHead(nn.Module):
     def forward(self, projected: torch.Tensor) -> torch.Tensor:
         """The loss over projected tokens (..., L, H), L a square number."""
         side = math.isqrt(projected.shape[-2])
-        logits = self.rows_and_columns(self.norm(projected)).float().unflatten(-1, (2, 6)).flatten(0, -4)
+        logits = self.rows_and_columns(self.norm(projected)).unflatten(-1, (2, 6)).flatten(0, -4)
         sixth = torch.arange(side) * 6 // side
         target = torch.stack([sixth[:, None].expand(side, side), sixth[None].expand(side, side)], -1).flatten(0, 1)
         return F.cross_entropy(logits.flatten(0, -2), target.expand(len(logits), -1, -1).flatten())
@@ -54,7 +54,7 @@ class PlaceHead(nn.Module):
         """The loss over the visual tokens of the pack that the model has just seen."""
         mark = int((pack.segment[0] == 0).sum()) - 1  # that behind the visual tokens
         states = self.states[:, mark - len(pack.places) : mark]
-        logits = self.places(self.norm(states)).float().split(self.SIZES, -1)
+        logits = self.places(self.norm(states)).split(self.SIZES, -1)
         targets = pack.places.expand(len(states), -1, -1).unbind(-1)
         losses = [F.cross_entropy(part.flatten(0, 1), of.flatten()) for part, of in zip(logits, targets, strict=True)]
         return torch.stack(losses).mean()

@@ -128,8 +128,7 @@ class Qwen2_5VL(Family):
         groups = [scenes] if kind == "video" else [[scene] for scene in scenes]
         features = []
         for group in groups:
-            with torch.autocast("cpu", torch.bfloat16):
-                grid = encode_grid(model.model.visual, frames_to_pixels(stack_frames(group)))
+            grid = encode_grid(model.model.visual, frames_to_pixels(stack_frames(group)))
             features += in_merge_order(grid, MERGE).half().unflatten(0, (len(group), -1))
         return features
 

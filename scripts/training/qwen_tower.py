@@ -55,7 +55,7 @@ def _attention(attention, states, rotation, window: int | None, num_heads: int) 
 
 
 def _rotate(states, cosines, sines):
-    first, second = states.float().chunk(2, -1)
+    first, second = states.chunk(2, -1)
     return states * cosines + torch.cat([-second, first], -1) * sines
 
 

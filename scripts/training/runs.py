@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
+from training.muon import Muon
 from writing import replacing
 
 
@@ -29,8 +30,7 @@ class Optimizers:
         rest = [parameter for parameter in parameters if id(parameter) not in chosen]
         self.parts = [
             torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.02),
-            # with steps as large as those of AdamW, so that one learning rate serves both
-            torch.optim.Muon(matrices, lr=peak, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=peak, weight_decay=0.02),
         ]
 
     @property

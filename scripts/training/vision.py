@@ -38,9 +38,9 @@ class VisionHeads(nn.Module):
         Returns:
             Logits of each patch, each (N, L, classes), and of each class token (N, 42).
         """
-        dense = self.dense(self.norm(patches)).float().split(self.sizes, -1)
+        dense = self.dense(self.norm(patches)).split(self.sizes, -1)
         heads = (self.tap_pairs, self.final_pairs) if classes else ()
-        return dense, tuple(head(state).float() for head, state in zip(heads, classes, strict=True))
+        return dense, tuple(head(state) for head, state in zip(heads, classes, strict=True))
 
 
 def vision_batch(family, rng: np.random.Generator, num_videos: int, num_images: int, seeds: range) -> list[tuple]:
@@ -128,8 +128,7 @@ def train_vision(run: Run, family, model) -> None:
     for step, seconds in run.steps("vision", steps, recipe.vision_peak, parts, optimizer):
         rng = run.rng(1, step)
         batches = vision_batch(family, rng, recipe.vision_videos, recipe.vision_images, TRAINING_SCENES)
-        with torch.autocast("cpu", torch.bfloat16):
-            predictions = list(look(family, model, heads, batches))
+        predictions = list(look(family, model, heads, batches))
         patches = [labels[..., 0].numel() for _, labels, _ in batches]
         loss = sum(
             vision_loss(*predicted, *batch[1:]) * (number / sum(patches))

@@ -9,6 +9,7 @@ from train_tiny import FAMILIES
 from training.answers import evaluate_generation
 from training.exporting import export
 from training.llava_next_video import VIDEO, LlavaNextVideo
+from training.muon import Muon, orthogonal
 from training.packing import Packer
 from training.pixels import build_image_processor, frames_to_pixels, image_to_pixels, view_maps
 from training.runs import Optimizers, Run
@@ -130,3 +131,30 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     # The checkpoint of step 250 is what the second run starts from.
     whole, resumed = train(tmp_path / "a", [400]), train(tmp_path / "b", [300, 400])
     assert torch.equal(whole, resumed)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 9), (1, 9, 4)])
+def test_muon_brings_all_singular_values_near_one(shape):
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(shape, generator=generator, dtype=torch.float64)
+    given, made = torch.linalg.svd(matrices, full_matrices=False), orthogonal(matrices)
+    values = torch.diagonal(given.U.mT @ made @ given.Vh.mT, dim1=1, dim2=2)  # in the directions of the given ones
+    assert values.min() > 0.3 and values.max() < 1.3
+    assert torch.equal(orthogonal(torch.zeros(1, 3, 3)), torch.zeros(1, 3, 3))
+
+
+def test_muon_steps_as_torch_does():
+    """But for what bfloat16 rounds away."""
+    torch.manual_seed(0)
+    start = torch.randn(16, 24)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = (
+        Muon([ours], lr=0.01, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(5):
+        gradient = torch.randn(16, 24)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.03 * (ours - start).norm()
