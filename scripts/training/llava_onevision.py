@@ -7,7 +7,6 @@ from toy_world import FRAME_SIZE, NUM_FRAMES, PATCH_SIZE
 from training.exporting import PIXELS
 from training.llava_next_video import IMAGE, VIDEO, LlavaNextVideo
 from training.pixels import GRID, GRID_PINPOINTS, IMAGE_MEAN, IMAGE_STD, frames_to_pixels, stack_frames
-from training.recipe import Recipe
 from training.tokenizing import BOS, EOS, PAD, chat_template, vocabulary_size
 from training.vision import VisionHeads
 from transformers import (
@@ -29,22 +28,6 @@ class LlavaOnevision(LlavaNextVideo):
     model_class = LlavaOnevisionForConditionalGeneration
     processor_class = "LlavaOnevisionProcessor"
     chat_template = chat_template(IMAGE, VIDEO)
-    recipe = Recipe(
-        vision_steps=800,
-        vision_peak=2e-3,
-        vision_videos=5,
-        vision_images=2,
-        language_steps=4500,
-        language_peak=1.5e-3,
-        frame_steps=1200,
-        video_shards=4,
-        image_shards=3,
-        shard_steps=1200,
-        videos=4,
-        images=3,
-        frames=8,
-        position_weight=0.2,
-    )
 
     def build_config(self, tokenizer):
         """The stock configuration of the tiny checkpoint: about 2.3 M parameters."""

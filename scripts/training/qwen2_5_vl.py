@@ -34,22 +34,8 @@ class Qwen2_5VL(Family):
     placeholders = {"image": IMAGE, "video": VIDEO}
     public_names = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
     chat_template = chat_template(f"{START}{IMAGE}{END}", f"{START}{VIDEO}{END}")
-    recipe = Recipe(
-        vision_steps=800,
-        vision_peak=2e-3,
-        vision_videos=5,
-        vision_images=3,
-        language_steps=4500,
-        language_peak=1.5e-3,
-        frame_steps=1200,
-        video_shards=4,
-        image_shards=3,
-        shard_steps=1200,
-        videos=4,
-        images=6,
-        frames=8,
-        position_weight=0.2,
-    )
+    # An image is one view, where it is three in other families.
+    recipe = Recipe(vision_images=3, images=6, language_peak=1.5e-3, position_weight=0.2)
 
     def build_config(self, tokenizer):
         """The stock configuration of the tiny checkpoint: about 2.4 M parameters.

@@ -24,17 +24,17 @@ class Recipe:
         position_weight: weight of the loss that asks visual tokens where they are.
     """
 
-    vision_steps: int = 900
-    vision_peak: float = 1.5e-3
-    vision_videos: int = 12
-    vision_images: int = 6
+    vision_steps: int = 800
+    vision_peak: float = 2e-3
+    vision_videos: int = 5
+    vision_images: int = 2
     language_steps: int = 4500
     language_peak: float = 1e-3
-    frame_steps: int = 2000
-    video_shards: int = 7
+    frame_steps: int = 1200
+    video_shards: int = 4
     image_shards: int = 3
-    shard_steps: int = 900
-    videos: int = 8
-    images: int = 8
-    frames: int = 16
+    shard_steps: int = 1200
+    videos: int = 4
+    images: int = 3
+    frames: int = 8
     position_weight: float = 0.5
