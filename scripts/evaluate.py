@@ -2,8 +2,11 @@
 
 A setting is a method and, after commas, changes to the pruning block: `rediprune`, `rediprune,positions=original`,
 `rediprune,alpha=2,query_weighting=average`, `random,seed=1`. One with a budget in tokens (`rediprune,keep_tokens=64`) runs once, and
-its ratio in the tables is what that comes to; so does one that needs no budget (`vtw`). The unpruned model always runs first, and every other row is
-also compared with its answers.
+its ratio in the tables is what that comes to; so does one that needs no budget (`vtw`). The unpruned model always runs first, and every
+other row is also compared with its answers.
+
+Two names stand for many settings: `methods` (every method whose budget is the ratio, with the controls) and `ablation` (the choices of
+`rediprune_plus` one by one). Those of them that the model refuses, as a tower without CLS does, are left out, and the report says why.
 
 Controls: the methods `random` and `uniform`; and `query=other` (select for the question of another sample) or
 `query=constant` (for one and the same text), after a method that looks at the question. The answer is still to the question
@@ -18,6 +21,7 @@ Examples:
     python scripts/evaluate.py --output runs/quick --scenes 40 --ratios 0.25 0.1 --settings rediprune random uniform
     python scripts/evaluate.py --output runs/query --settings rediprune rediprune,query=other rediprune,query=constant
     python scripts/evaluate.py --output runs/seeds --settings rediprune random --seeds 5 --kinds video
+    python scripts/evaluate.py --output runs/all --settings methods --ratios 0.25 4/36 --subfolder checkpoints/qwen2_5_vl
     python scripts/evaluate.py --output runs/equal --settings rediprune_plus fastv --operations 0.6 0.5
     accelerate launch --multi_gpu --num_processes 2 scripts/evaluate.py --output runs/shared --threads 1
     python scripts/evaluate.py --output runs/shared --threads 1 --time 15 --plots   # adds times to the answers
@@ -38,10 +42,11 @@ import evaluation.questions as evaluate_questions
 import torch
 import toy_world
 from evaluation.costs import Costs
+from evaluation.groups import as_settings
 from evaluation.log import AnswerLog, JsonLines, answers_path, claimed, code_fingerprint
 from evaluation.questions import OtherQuery, Questions, add_scene_arguments, answer, check_scenes
 from evaluation.report import mark_fronts, markdown, score
-from evaluation.settings import UNPRUNED, Setting, as_setting
+from evaluation.settings import UNPRUNED, Setting
 from repository import (
     FeatureMemory,
     add_model_arguments,
@@ -67,7 +72,7 @@ def parse_arguments(argv):
     parser.add_argument(
         "--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md, OUTPUT.answers.jsonl"
     )
-    parser.add_argument("--settings", nargs="+", type=as_setting, default=None, metavar="METHOD[,KEY=VALUE...]")
+    parser.add_argument("--settings", nargs="+", type=as_settings, default=None, metavar="METHOD[,KEY=VALUE...]")
     parser.add_argument("--ratios", nargs="+", type=keep_ratio, default=DEFAULT_RATIOS, help="default: %(default)s")
     parser.add_argument(
         "--operations",
@@ -86,7 +91,7 @@ def parse_arguments(argv):
     parser.add_argument("--plots", action="store_true", help="also draw OUTPUT.*.png (needs matplotlib)")
     add_model_arguments(parser)
     args = parser.parse_args(argv)
-    args.settings = args.settings or [as_setting(text) for text in DEFAULT_SETTINGS]
+    args.settings = [setting for asked in args.settings or map(as_settings, DEFAULT_SETTINGS) for setting in asked]
     for chosen in args.settings:
         if "keep_ratio" in chosen.changes:
             parser.error(f"--settings {chosen.text}: give the keep ratio as --ratios {chosen.changes['keep_ratio']}")
@@ -145,9 +150,9 @@ class Evaluation:
         self.args, self.processes = args, processes
         self.model, self.processor = load(args)
         self.base = self.model.config.pruning
-        for setting in args.settings:
-            self._block(setting)  # refuses what the model's own pruning block forbids, before anything is computed
         self.memory, self.other_query = FeatureMemory(self.model), OtherQuery(self.model)
+        self.left_out = self._refusals()
+        args.settings = [setting for setting in args.settings if setting.text not in self.left_out]
         fingerprint = {
             "first_scene": args.first_scene,
             "scenes": args.scenes,
@@ -162,6 +167,20 @@ class Evaluation:
         machine.pop("date")
         self.times = JsonLines(self.output.with_name(self.output.name + ".times.jsonl"), {**fingerprint, **machine})
         processes.wait()  # nobody writes before everybody has read
+
+    def _refusals(self) -> dict:
+        """What the model says against settings that it may refuse, by their text; against any other it raises, too."""
+        questions, reasons = Questions(self.args.kinds[0], 2, self.args.first_scene), {}
+        for setting in self.args.settings:
+            if not setting.may_be_refused:
+                self._block(setting)  # before anything is computed
+                continue
+            try:
+                self.use(setting)
+                answer(self.model, self.processor, self.inputs(questions, setting, (0, 1), 0.5))
+            except ValueError as error:
+                reasons[setting.text] = str(error)
+        return reasons
 
     def _block(self, setting: Setting):
         """The pruning block of a setting."""
@@ -323,6 +342,7 @@ def evaluate(args, processes: Processes) -> None:
         "scenes": args.scenes,
         "kinds": args.kinds,
         "environment": {**environment(run.model), "processes": processes.number},
+        "left_out": run.left_out,
         "rows": rows,
     }
     write_results(run.output, {".json": json.dumps(report, indent=1) + "\n", ".md": markdown(report)})

@@ -13,12 +13,12 @@ import av
 import numpy as np
 from PIL import Image
 from repository import fail
-from toy_world import HELD_OUT_START, sample_image, sample_video
+from toy_world import FRAMES_PER_SECOND, HELD_OUT_START, sample_image, sample_video
 from writing import output_folder, replacing, write_whole
 
 SCALE = 4  # the world is 96 pixels wide: enlarged, so that a person sees something
 HOLD = 6  # video frames for each frame of the world
-FPS = 12
+FPS = HOLD * FRAMES_PER_SECOND
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:

@@ -30,6 +30,7 @@ CHOICES_START = HELD_OUT_START + 5_000_000
 HELD_OUT_END = 2 * HELD_OUT_START
 
 NUM_FRAMES = 8
+FRAMES_PER_SECOND = 2  # what models are told whose positions count seconds
 FRAME_SIZE = 96
 PATCH_SIZE = 8
 SLOT = 16  # objects stand near the centres of a grid of slots; one slot is one pooled visual token of a frame

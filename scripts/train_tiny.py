@@ -9,8 +9,7 @@ Everything starts from random weights and runs on a CPU in about an hour. Two st
 
 The model always sees all visual tokens: pruning is training-free, so the checkpoint must not have met it.
 
-Families: llava_next_video (the checkpoint of this repository), llava_onevision, qwen2_5_vl. Steps, scenes and learning rates are those of
-the family's recipe unless they are given.
+Families: llava_next_video, llava_onevision, qwen2_5_vl.
 
 Examples:
     python scripts/train_tiny.py --work-dir runs/tiny --output runs/tiny/export
@@ -35,13 +34,13 @@ from training.language import train_language
 from training.llava_next_video import LlavaNextVideo
 from training.llava_onevision import LlavaOnevision
 from training.qwen2_5_vl import Qwen2_5VL
-from training.recipe import FOLLOWED_SCENES, SHARD
+from training.recipe import FOLLOWED_SCENES, SHARD, Recipe
 from training.runs import Run
 from training.vision import train_vision
 from writing import output_folder
 
 FAMILIES = {family.name: family for family in (LlavaNextVideo, LlavaOnevision, Qwen2_5VL)}
-GIVEN = {  # what of a recipe can be given
+GIVEN = {  # what of a recipe can be given, the same for all families unless it is
     "vision_steps": "steps of the vision stage",
     "language_steps": "steps of the language stage",
     "frame_steps": "language steps on single frames",
@@ -63,8 +62,10 @@ def parse_arguments(argv) -> argparse.Namespace:
     parser.add_argument("--seed", **number, default=0, help="seed of weights and batches (default: %(default)s)")
     parser.add_argument("--threads", **number, default=os.cpu_count(), help="CPU threads (default: one for each core)")
     for name, text in GIVEN.items():
-        defaults = ", ".join(f"{getattr(family.recipe, name)} {key}" for key, family in FAMILIES.items())
-        parser.add_argument(f"--{name.replace('_', '-')}", **number, help=f"{text} (default: {defaults})")
+        default = getattr(Recipe, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", **number, default=default, help=f"{text} (default: {default})"
+        )
     parser.add_argument(
         "--evaluate", **number, default=200, help="held-out scenes of the final evaluation (default: %(default)s)"
     )
@@ -79,8 +80,7 @@ def parse_arguments(argv) -> argparse.Namespace:
     output_folder(args.output)
     output_folder(args.work_dir, "--work-dir")
     family = FAMILIES[args.family]
-    given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
-    args.family = family(replace(family.recipe, **given))
+    args.family = family(replace(family.recipe, **{name: getattr(args, name) for name in GIVEN}))
     return args
 
 

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import torch
 from repository import at_least_one
-from toy_world import HELD_OUT_END, HELD_OUT_START, TABLES_START, sample_image, sample_video
+from toy_world import FRAMES_PER_SECOND, HELD_OUT_END, HELD_OUT_START, TABLES_START, sample_image, sample_video
 
 MAX_NEW_TOKENS = 6
 CONSTANT_QUERY = "what do you see?"
@@ -75,8 +75,15 @@ class Questions:
     def inputs(self, processor, start: int, number: int, keep_ratio: float):
         part = range(start, start + number)
         prompts = [self.prompt(processor, self.texts[index]) for index in part]
-        media = [self.media(index) for index in part]
-        return processor(text=prompts, **{f"{self.kind}s": media}, keep_ratio=keep_ratio, padding=True)
+        return processor(text=prompts, **self.media_inputs(part), keep_ratio=keep_ratio, padding=True)
+
+    def media_inputs(self, indices) -> dict:
+        """What the processor is given beside the prompts of these questions."""
+        media = [self.media(index) for index in indices]
+        if self.kind == "image":
+            return {"images": media}
+        about = [{"total_num_frames": len(frames), "fps": FRAMES_PER_SECOND} for frames in media]
+        return {"videos": media, "video_metadata": about}
 
     def mean_over_media(self, number_of) -> float:
         """The mean over the questions of `number_of(index)`, asked for the first question about media of each shape."""

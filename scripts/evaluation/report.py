@@ -141,4 +141,7 @@ def markdown(report: dict) -> str:
             for row in rows
         ]
         lines += table(["setting", "keep ratio", *types], by_type)
+    if report.get("left_out"):
+        lines += ["", "## Left out", "", "What this model refuses:", ""]
+        lines += [f"- {setting}: {reason}" for setting, reason in report["left_out"].items()]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """Pruning settings as the evaluations take them: a method and, after commas, changes to the pruning block."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from repository import code_module, parse_setting
 
@@ -16,6 +16,7 @@ class Setting:
     text: str
     changes: dict
     query: str = "own"
+    may_be_refused: bool = False  # then a model that refuses it goes without it
 
     @property
     def seeded(self) -> bool:
@@ -34,7 +35,7 @@ class Setting:
         return ratio if self.takes_ratio else None
 
     def with_seed(self, seed: int) -> "Setting":
-        return Setting(f"{self.text},seed={seed}", {**self.changes, "seed": seed}, self.query)
+        return replace(self, text=f"{self.text},seed={seed}", changes={**self.changes, "seed": seed})
 
 
 def _block(changes: dict):

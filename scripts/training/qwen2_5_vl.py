@@ -7,7 +7,7 @@ which is one step of time in the positions.
 from dataclasses import replace
 
 import torch
-from toy_world import FRAME_SIZE, NUM_FRAMES, PATCH_SIZE, object_map
+from toy_world import FRAME_SIZE, FRAMES_PER_SECOND, NUM_FRAMES, PATCH_SIZE, object_map
 from training.exporting import PIXELS
 from training.family import Family
 from training.pixels import frames_to_pixels, stack_frames
@@ -22,7 +22,7 @@ from transformers.video_utils import VideoMetadata
 START, END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 MERGE = 2
 CELL = MERGE * PATCH_SIZE  # pixels per side of a visual token
-FPS, TOKENS_PER_SECOND = 2, 2
+TOKENS_PER_SECOND = 2
 RARE = 0.2  # share of batches whose frames lie two steps apart, as in clips of one frame a second
 
 
@@ -188,5 +188,5 @@ class Qwen2_5VL(Family):
         media = super().media(kind, scene, number)
         if kind == "video":
             frames = dict(total_num_frames=NUM_FRAMES, frames_indices=list(range(NUM_FRAMES)))
-            media["video_metadata"] = [VideoMetadata(fps=FPS, **frames) for _ in range(number)]
+            media["video_metadata"] = [VideoMetadata(fps=FRAMES_PER_SECOND, **frames) for _ in range(number)]
         return media

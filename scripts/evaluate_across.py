@@ -1,0 +1,180 @@
+"""Results of evaluate.py for several checkpoints side by side: does what holds for one hold for the others?
+
+One table for each kind of media and keep ratio, a setting a row and a checkpoint a column, and one of the goals: is the best of ours
+ahead of every rival outside the intervals, and how much of the unpruned accuracy is left? A rival is every setting of another method;
+what one that prunes inside the language model takes of the unpruned operations stands beside it.
+
+Examples:
+    python scripts/evaluate.py --settings methods --ratios 0.25 4/36 --output runs/clip
+    python scripts/evaluate.py --settings methods --ratios 0.25 4/36 --output runs/qwen --subfolder checkpoints/qwen2_5_vl
+    python scripts/evaluate_across.py CLIP=runs/clip.json Qwen=runs/qwen.json --output runs/across
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from evaluate_plots import read_report
+from evaluation.report import percent, with_interval
+from evaluation.settings import UNPRUNED
+from repository import fail, parse_setting, recorded_command
+from writing import output_prefix, table, write_results
+
+OURS = "rediprune_plus"
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "reports", nargs="+", metavar="NAME=FILE", help="an OUTPUT.json of evaluate.py and the name of its checkpoint"
+    )
+    parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md")
+    args = parser.parse_args(argv)
+    args.reports = dict(_named(parser, text) for text in args.reports)
+    args.output = output_prefix(args.output)
+    args.command = recorded_command(__file__, argv)
+    return args
+
+
+def _named(parser, text: str) -> tuple:
+    name, given, path = text.partition("=")
+    if not given or not name or not path:
+        parser.error(f"{text}: give a name and a file, such as CLIP=runs/clip.json")
+    return name, read_report(Path(path))
+
+
+class Cells:
+    """The rows of all reports by checkpoint, kind, setting and keep ratio."""
+
+    def __init__(self, reports: dict):
+        self.checkpoints, self.rows = list(reports), {}
+        for name, report in reports.items():
+            for row in report["rows"]:
+                self.rows[name, row["kind"], row["setting"], row["keep_ratio"]] = row
+
+    def _column(self, part: int, **fixed) -> list:
+        """The values of one part of the keys in order of their first appearance, where other parts are as `fixed`."""
+        names = ("checkpoint", "kind", "setting", "ratio")
+        keys = [key for key in self.rows if all(key[names.index(name)] == value for name, value in fixed.items())]
+        return list(dict.fromkeys(key[part] for key in keys))
+
+    @property
+    def kinds(self) -> list:
+        return self._column(1)
+
+    def settings(self, kind: str, ratio: float) -> list:
+        return self._column(2, kind=kind, ratio=ratio)
+
+    def ratios(self, kind: str) -> list:
+        return [ratio for ratio in self._column(3, kind=kind) if ratio < 1]
+
+    def row(self, checkpoint: str, kind: str, setting: str, ratio: float):
+        """`None` where the checkpoint has no such row."""
+        return self.rows.get((checkpoint, kind, setting, ratio))
+
+
+def goal(cells: Cells, checkpoint: str, kind: str, ratio: float) -> dict | None:
+    """How ours stands beside the unpruned model and its best rival; `None` where one of them was not measured."""
+    unpruned, ours = cells.row(checkpoint, kind, UNPRUNED, 1.0), cells.row(checkpoint, kind, OURS, ratio)
+    rivals = [
+        row
+        for setting in cells.settings(kind, ratio)
+        if parse_setting(setting)["method"] != OURS and (row := cells.row(checkpoint, kind, setting, ratio))
+    ]
+    if not (unpruned and ours and rivals):
+        return None
+    rival = max(rivals, key=lambda row: row["accuracy"])
+    return {
+        "checkpoint": checkpoint,
+        "kind": kind,
+        "keep_ratio": ratio,
+        "unpruned": unpruned["accuracy"],
+        "ours": ours,
+        "share_of_unpruned": ours["accuracy"] / unpruned["accuracy"],
+        "best_rival": rival["setting"],
+        "rival": rival,
+        "ahead_outside_intervals": ours["low"] > max(row["high"] for row in rivals),
+    }
+
+
+def goals(cells: Cells) -> list:
+    found = [
+        goal(cells, checkpoint, kind, ratio)
+        for kind in cells.kinds
+        for ratio in cells.ratios(kind)
+        for checkpoint in cells.checkpoints
+    ]
+    return [entry for entry in found if entry]
+
+
+def markdown(command: str, reports: dict, cells: Cells) -> str:
+    lines = ["# The same settings on several checkpoints", "", f"Command: `{command}`  "]
+    for name, report in reports.items():
+        run = report["environment"]
+        lines.append(
+            f"{name}: `{report['command']}`; {run.get('gpu', run['cpu'])}, {run['threads']} threads, {run['device']}, "
+            f"{run['dtype']}, torch {run['torch']}, transformers {run['transformers']}, {run['date']}; "
+            f"{report['scenes']} scenes from number {report['first_scene']} on.  "
+        )
+    lines += [
+        "Right answers in percent with their 95 % interval (bootstrap over scenes). A dash: the model refuses it."
+    ]
+    lines += ["", f"## {OURS} beside its best rival", ""]
+    header = [
+        "",
+        "keep ratio",
+        "checkpoint",
+        "unpruned",
+        OURS,
+        "of unpruned",
+        "best rival",
+        "ahead of all outside intervals",
+    ]
+    lines += table(header, [_goal_cells(entry) for entry in goals(cells)])
+    for kind in cells.kinds:
+        unpruned = [cells.row(name, kind, UNPRUNED, 1.0) for name in cells.checkpoints]
+        for ratio in cells.ratios(kind):
+            lines += ["", f"## {kind.capitalize()}s, keep ratio {ratio:.4g}", ""]
+            rows = [["unpruned", *map(_cell, unpruned)]]
+            for setting in cells.settings(kind, ratio):
+                rows.append([setting, *(_cell(cells.row(name, kind, setting, ratio)) for name in cells.checkpoints)])
+            lines += table(["setting", *cells.checkpoints], rows)
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row) -> str:
+    return with_interval(row) if row else "-"
+
+
+def _goal_cells(entry: dict) -> list:
+    rival = f"{entry['best_rival']}: {with_interval(entry['rival'])}"
+    if entry["rival"]["inner_tokens"] is not None:
+        rival += f" at {percent(entry['rival']['share_of_operations'])} % of the operations"
+    return [
+        f"{entry['kind']}s",
+        f"{entry['keep_ratio']:.4g}",
+        entry["checkpoint"],
+        percent(entry["unpruned"]),
+        with_interval(entry["ours"]),
+        f"{percent(entry['share_of_unpruned'])} %",
+        rival,
+        "yes" if entry["ahead_outside_intervals"] else "no",
+    ]
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    scenes = {(report["first_scene"], report["scenes"]) for report in args.reports.values()}
+    if len(scenes) > 1:
+        fail(
+            f"the reports are about different scenes, {sorted(scenes)} (first, number): give reports about the same ones"
+        )
+    cells = Cells(args.reports)
+    text = markdown(args.command, args.reports, cells)
+    report = {"command": args.command, "goals": goals(cells)}
+    write_results(args.output, {".json": json.dumps(report, indent=1) + "\n", ".md": text})
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
