@@ -11,6 +11,8 @@ from training.packing import Pack, Packer
 from training.recipe import Recipe
 from training.tokenizing import BOS, build_tokenizer
 
+LARGER = 0.06  # standard deviation of weights at first: three times that of wide models
+
 
 class Family(ABC):
     """
@@ -36,8 +38,11 @@ class Family(ABC):
         return build_tokenizer(self.special_tokens)
 
     def build_model(self, tokenizer: Tokenizer, seed: int) -> nn.Module:
+        """With embeddings as large as what the layers add to them, so that words are not drowned at first."""
         torch.manual_seed(seed)
-        return self.model_class(self.build_config(tokenizer))
+        model = self.model_class(self.build_config(tokenizer))
+        nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
+        return model
 
     @abstractmethod
     def build_config(self, tokenizer: Tokenizer):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from toy_world import FRAME_SIZE, NUM_FRAMES, PATCH_SIZE, object_map
 from training.exporting import PIXELS
-from training.family import Family
+from training.family import LARGER, Family
 from training.pixels import (
     GRID,
     GRID_PINPOINTS,
@@ -68,6 +68,7 @@ class LlavaNextVideo(Family):
             bos_token_id=tokenizer.token_to_id(BOS),
             eos_token_id=tokenizer.token_to_id(EOS),
             pad_token_id=tokenizer.token_to_id(PAD),
+            initializer_range=LARGER,
             tie_word_embeddings=False,
         )
         return LlavaNextVideoConfig(

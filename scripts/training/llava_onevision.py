@@ -5,6 +5,7 @@ from functools import cached_property
 import torch
 from toy_world import FRAME_SIZE, NUM_FRAMES, PATCH_SIZE
 from training.exporting import PIXELS
+from training.family import LARGER
 from training.llava_next_video import IMAGE, VIDEO, LlavaNextVideo
 from training.pixels import GRID, GRID_PINPOINTS, IMAGE_MEAN, IMAGE_STD, frames_to_pixels, stack_frames
 from training.tokenizing import BOS, EOS, PAD, chat_template, vocabulary_size
@@ -51,6 +52,7 @@ class LlavaOnevision(LlavaNextVideo):
             bos_token_id=tokenizer.token_to_id(BOS),
             eos_token_id=tokenizer.token_to_id(EOS),
             pad_token_id=tokenizer.token_to_id(PAD),
+            initializer_range=LARGER,
             tie_word_embeddings=False,
         )
         return LlavaOnevisionConfig(

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from toy_world import FRAME_SIZE, FRAMES_PER_SECOND, NUM_FRAMES, PATCH_SIZE, object_map
 from training.exporting import PIXELS
-from training.family import Family
+from training.family import LARGER, Family
 from training.pixels import frames_to_pixels, stack_frames
 from training.position_heads import PlaceHead
 from training.qwen_tower import encode_grid, in_merge_order
@@ -35,13 +35,12 @@ class Qwen2_5VL(Family):
     public_names = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
     chat_template = chat_template(f"{START}{IMAGE}{END}", f"{START}{VIDEO}{END}")
     # An image is one view, where it is three in other families.
-    recipe = Recipe(vision_images=3, images=6, language_peak=1.5e-3, position_weight=0.2)
+    recipe = Recipe(vision_images=3, images=6)
 
     def build_config(self, tokenizer):
         """The stock configuration of the tiny checkpoint: about 2.4 M parameters.
 
-        Rotations are slow (a small base), since all positions of a chat are below a hundred, and weights begin larger than in
-        wide models.
+        Rotations are slow (a small base), since all positions of a chat are below a hundred.
         """
         vision = dict(
             depth=6,
@@ -55,7 +54,7 @@ class Qwen2_5VL(Family):
             window_size=FRAME_SIZE // 2,
             fullatt_block_indexes=[2, 5],
             out_hidden_size=128,
-            initializer_range=0.06,
+            initializer_range=LARGER,
         )
         rope = {"rope_type": "default", "mrope_section": [4, 6, 6]}
         text = dict(
@@ -71,7 +70,7 @@ class Qwen2_5VL(Family):
             pad_token_id=tokenizer.token_to_id(PAD),
             rope_theta=100.0,
             rope_scaling=rope,
-            initializer_range=0.06,
+            initializer_range=LARGER,
             tie_word_embeddings=False,
         )
         return Qwen2_5_VLConfig(
@@ -83,12 +82,6 @@ class Qwen2_5VL(Family):
             vision_end_token_id=tokenizer.token_to_id(END),
             tie_word_embeddings=False,
         )
-
-    def build_model(self, tokenizer, seed):
-        """With embeddings as large as what the layers add to them, so that words are not drowned at first."""
-        model = super().build_model(tokenizer, seed)
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
-        return model
 
     def in_tower(self, name):
         """The merger is the projector."""

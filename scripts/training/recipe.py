@@ -29,7 +29,7 @@ class Recipe:
     vision_videos: int = 5
     vision_images: int = 2
     language_steps: int = 4500
-    language_peak: float = 1e-3
+    language_peak: float = 1.5e-3
     frame_steps: int = 1200
     video_shards: int = 4
     image_shards: int = 3
@@ -37,4 +37,4 @@ class Recipe:
     videos: int = 4
     images: int = 3
     frames: int = 8
-    position_weight: float = 0.5
+    position_weight: float = 0.2
