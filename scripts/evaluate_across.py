@@ -7,18 +7,19 @@ what one that prunes inside the language model takes of the unpruned operations 
 Examples:
     python scripts/evaluate.py --settings methods --ratios 0.25 4/36 --output runs/clip
     python scripts/evaluate.py --settings methods --ratios 0.25 4/36 --output runs/qwen --subfolder checkpoints/qwen2_5_vl
-    python scripts/evaluate_across.py CLIP=runs/clip.json Qwen=runs/qwen.json --output runs/across
+    python scripts/evaluate_across.py CLIP=runs/clip.json Qwen=runs/qwen.json --output runs/across --plots
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from evaluate_plots import read_report
+from evaluate_plots import import_matplotlib, read_report
+from evaluation.across import draw_across
 from evaluation.report import percent, with_interval
 from evaluation.settings import UNPRUNED
 from repository import fail, parse_setting, recorded_command
-from writing import output_prefix, table, write_results
+from writing import output_prefix, replacing, table, write_results
 
 OURS = "rediprune_plus"
 
@@ -29,6 +30,7 @@ def parse_arguments(argv):
         "reports", nargs="+", metavar="NAME=FILE", help="an OUTPUT.json of evaluate.py and the name of its checkpoint"
     )
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md")
+    parser.add_argument("--plots", action="store_true", help="also draw OUTPUT.png (needs matplotlib)")
     args = parser.parse_args(argv)
     args.reports = dict(_named(parser, text) for text in args.reports)
     args.output = output_prefix(args.output)
@@ -174,6 +176,9 @@ def main(argv=None):
     report = {"command": args.command, "goals": goals(cells)}
     write_results(args.output, {".json": json.dumps(report, indent=1) + "\n", ".md": text})
     print(text)
+    if args.plots:
+        with replacing(args.output.with_name(args.output.name + ".png")) as temporary:
+            draw_across(import_matplotlib(), cells, OURS, temporary)
 
 
 if __name__ == "__main__":

@@ -102,3 +102,18 @@ def test_a_report_needs_a_name(capsys, text):
     with pytest.raises(SystemExit):
         main([text, "--output", "a"])
     assert "give a name and a file" in capsys.readouterr().err
+
+
+def test_a_picture_has_a_panel_for_each_checkpoint(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    rows = {OURS: 0.8, "divprune": 0.7, "random,positions=original": 0.4, f"{OURS}__2": 0.75}
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(report(**rows)))
+    named = [f"{name}={tmp_path / name}.json" for name in ("one", "two")]
+    main([*named, "--output", str(tmp_path / "across"), "--plots"])
+    panels = pyplot.gcf().axes
+    assert [panel.get_title() for panel in panels] == ["one", "two"]
+    lines = {line.get_label() for line in panels[0].get_lines()}
+    assert lines == {"unpruned", OURS, "divprune", "random,positions=original"}
+    assert (tmp_path / "across.png").stat().st_size > 1000

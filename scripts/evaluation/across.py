@@ -1,0 +1,66 @@
+"""The picture of several checkpoints: a panel for each kind of media and checkpoint, ours beside its best rivals and chance."""
+
+from evaluation.settings import UNPRUNED
+
+RIVALS = 4  # more lines could not be told apart
+CONTROL = "random,positions=original"
+
+
+def draw_across(pyplot, cells, ours: str, path) -> None:
+    """
+    Args:
+        pyplot: matplotlib's.
+        cells: `evaluate_across.Cells`.
+        ours: the setting that is drawn in front of the others.
+        path: of the picture.
+    """
+    kinds, checkpoints = cells.kinds, cells.checkpoints
+    size = (3.4 * len(checkpoints) + 1.5, 3 * len(kinds) + 0.5)
+    figure, axes = pyplot.subplots(
+        len(kinds), len(checkpoints), figsize=size, sharex=True, sharey=True, squeeze=False, layout="tight"
+    )
+    for row, kind in zip(axes, kinds, strict=True):
+        lines = {ours: {"color": "C3", "linewidth": 2.5, "zorder": 3}}
+        lines |= {setting: {"linewidth": 1.2} for setting in _best_rivals(cells, kind, ours)}
+        lines[CONTROL] = {"color": "grey", "linestyle": ":"}
+        for place, name in zip(row, checkpoints, strict=True):
+            _draw_panel(place, cells, name, kind, lines)
+        row[0].set_ylabel(f"{kind}s: right answers (%)")
+        row[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    for place, name in zip(axes[0], checkpoints, strict=True):
+        place.set_title(name)
+    for place in axes[-1]:
+        place.set_xlabel("keep ratio")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _best_rivals(cells, kind: str, ours: str) -> list:
+    """The settings of other methods that every checkpoint has, with the highest mean."""
+    means = {}
+    ratios = cells.ratios(kind)
+    for setting in dict.fromkeys(setting for ratio in ratios for setting in cells.settings(kind, ratio)):
+        rows = [cells.row(name, kind, setting, ratio) for name in cells.checkpoints for ratio in ratios]
+        if all(rows) and setting != CONTROL and not setting.startswith(ours):
+            means[setting] = sum(row["accuracy"] for row in rows) / len(rows)
+    return sorted(means, key=means.get, reverse=True)[:RIVALS]
+
+
+def _draw_panel(axes, cells, checkpoint: str, kind: str, lines: dict) -> None:
+    unpruned = cells.row(checkpoint, kind, UNPRUNED, 1.0)
+    if unpruned:
+        axes.axhline(100 * unpruned["accuracy"], color="black", linestyle="--", linewidth=1, label=UNPRUNED)
+    for setting, style in lines.items():
+        rows = [row for ratio in sorted(cells.ratios(kind)) if (row := cells.row(checkpoint, kind, setting, ratio))]
+        axes.plot(
+            [row["keep_ratio"] for row in rows],
+            [100 * row["accuracy"] for row in rows],
+            marker=".",
+            label=setting,
+            **style,
+        )
+    ticks = sorted(cells.ratios(kind))
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
