@@ -257,31 +257,69 @@ class FeatureMemory:
 
     The features are those of the first time, bit for bit, and depend on the batch alone and not on what came before, so that
     processes that share the batches, and threads that share the memory, get the same. A method that prunes inside the tower goes
-    past it, and so do towers that take pictures of any size.
+    past it.
     """
 
     def __init__(self, model):
-        self.encode, self.known = getattr(model, "patch_features", None), {}
+        self.known = {}
         self._lock, self._thread = threading.Lock(), threading.local()
-        if self.encode is not None:
-            model.patch_features = self
+        if hasattr(model, "patch_features"):
+            self.encode, model.patch_features = model.patch_features, self
+        else:  # its tower takes patches of pictures of any size
+            self.encode, model.encode_items = model.encode_items, self.fill_items
 
     def __call__(self, pixels, signals=frozenset(), **kwargs):
-        if getattr(self._thread, "goes_past", False):
+        """In the place of `model.patch_features`."""
+        if self._goes_past:
             return self.encode(pixels, signals, **kwargs)
         signals = frozenset(signals & TOWER_FIELDS)
-        keys = [
-            hash(picture.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for picture in pixels
-        ]  # bfloat16 too
+        keys = list(map(_fingerprint, pixels))
         pictures = dict(zip(keys, pixels))  # a batch asks several questions about one scene
         batch = (tuple(pictures), pixels.dtype, signals, repr(sorted(kwargs.items())))
-        with self._lock:  # so that of two threads with one batch the second gets what the first computed
-            if batch not in self.known:
-                self.known[batch] = self.encode(torch.stack(list(pictures.values())), signals, **kwargs)
-            found = self.known[batch]
+        compute = partial(self.encode, torch.stack(list(pictures.values())), signals, **kwargs)
+        found = self._remembered(batch, compute)
         places = {key: place for place, key in enumerate(pictures)}
         order = torch.tensor([places[key] for key in keys], device=pixels.device)
         return {name: values[order] for name, values in found.items()}
+
+    def fill_items(self, items, pixels, pruning, signals=None, **kwargs):
+        """In the place of `model.encode_items`, where the tower gives the same whatever the method reads."""
+        if self._goes_past:
+            return self.encode(items, pixels, pruning, signals, **kwargs)
+        for kind, patches in pixels.items():
+            of_kind = [item for item in items if item.layout.kind == kind]
+            if not of_kind:
+                continue
+            tokens = [item.layout.num_tokens for item in of_kind]
+            parts = patches.split([number * len(patches) // sum(tokens) for number in tokens])
+            keys = [(_fingerprint(part), item.layout) for part, item in zip(parts, of_kind, strict=True)]
+            pictures = dict(zip(keys, parts))
+            batch = (tuple(pictures), patches.dtype, repr(sorted(kwargs.items())))
+
+            def compute():
+                alone = [type(of_kind[0])(layout) for _, layout in pictures]
+                self.encode(
+                    alone,
+                    {**dict.fromkeys(pixels), kind: torch.cat(list(pictures.values()))},
+                    pruning,
+                    signals,
+                    **kwargs,
+                )
+                return {key: item.sets for key, item in zip(pictures, alone, strict=True)}
+
+            found = self._remembered(batch, compute)
+            for item, key in zip(of_kind, keys, strict=True):
+                item.sets = found[key]
+
+    def _remembered(self, batch, compute):
+        with self._lock:  # so that of two threads with one batch the second gets what the first computed
+            if batch not in self.known:
+                self.known[batch] = compute()
+            return self.known[batch]
+
+    @property
+    def _goes_past(self) -> bool:
+        return getattr(self._thread, "goes_past", False)
 
     @contextmanager
     def switched_off(self):
@@ -291,6 +329,12 @@ class FeatureMemory:
             yield
         finally:
             self._thread.goes_past = False
+
+
+def _fingerprint(picture: torch.Tensor) -> int:
+    return hash(
+        picture.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    )  # bfloat16 too, which numpy does not have
 
 
 class StageTimer:

@@ -79,3 +79,36 @@ def test_patches_are_put_together_to_the_picture_that_they_were_cut_from(family)
     assert [label for label, _ in video] == ["frame 1", "frame 2"]
     for (_, picture), frame in zip(video, frames[::2]):  # the first one of each pair
         assert np.abs(picture.astype(int) - frame).max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, kind", [case for case in CASES if case.values[0].has_mrope])
+def test_pictures_of_any_size_are_encoded_once(family, kind):
+    """Three questions about two pictures, one of them twice, under two methods: as without the memory, in one pass of the tower."""
+    processor = family.processor(keep_ratio=0.3)
+    first, second = (random_video(seed, 4, (56, 56)) for seed in (0, 1))
+    media = (
+        [first, second, first] if kind == "video" else [Image.fromarray(frames[0]) for frames in (first, second, first)]
+    )
+    texts = [family.written(f"<{kind}> {text}") for text in ("where ?", "what colour ?", "how many ?")]
+    inputs = processor(text=texts, **{f"{kind}s": media}, padding=True, return_tensors="pt")
+
+    def selected(model):
+        found = []
+        for method in ("rediprune", "uniform"):
+            model.config.pruning.method = method
+            found += [(item.kept, item.tokens) for item in model.select_tokens(**inputs)]
+        return found
+
+    model, passes = family.model(keep_ratio=0.3), []
+    alone = selected(model)
+    model.model.visual.register_forward_hook(lambda *args: passes.append(1))
+    memory = FeatureMemory(model)
+    remembered = selected(model)
+    assert len(passes) == 1
+    for (kept, tokens), (expected, expected_tokens) in zip(remembered, alone, strict=True):
+        assert torch.equal(kept, expected)
+        torch.testing.assert_close(tokens, expected_tokens)
+    with memory.switched_off():
+        selected(model)
+    assert len(passes) == 3
