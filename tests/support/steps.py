@@ -150,6 +150,13 @@ def everywhere(repo) -> dict:
     }
 
 
+def of_subfolder(repo, subfolder) -> dict:
+    """Loads what lies in a folder of a repository through every Auto class."""
+    where = {"subfolder": subfolder, "trust_remote_code": True}
+    classes = [type(auto_class.from_pretrained(repo, **where)).__name__ for auto_class in auto_classes()]
+    return {"classes": classes, "seen": fingerprint(*load(repo, subfolder=subfolder))}
+
+
 def saved_again(repo, folder) -> dict:
     model, processor = load(repo)
     model.save_pretrained(folder)

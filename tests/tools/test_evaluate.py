@@ -225,15 +225,15 @@ def test_what_the_tower_is_asked_for_is_part_of_what_is_remembered(loaded):
 
 def test_nobody_measures_on_scenes_that_training_or_choices_were_made_on(tmp_path):
     import relevance_study
-    import train_tiny
+    from training.recipe import FOLLOWED_SCENES, TRAINING_SCENES
 
     arguments = ["--output", str(tmp_path / "a")]
     study = relevance_study.parse_arguments(arguments)
     chosen_on = range(study.first_scene, study.first_scene + study.scenes)
-    followed = range(train_tiny.FOLLOWED_SCENES.start, train_tiny.FOLLOWED_SCENES.stop + 1000)  # README: final 1000
+    followed = range(FOLLOWED_SCENES.start, FOLLOWED_SCENES.stop + 1000)  # README: final 1000
     tables = importlib.import_module("evaluate").parse_arguments(arguments)
     tables = range(tables.first_scene, tables.first_scene + tables.scenes)
-    groups = [train_tiny.TRAINING_SCENES, followed, tables, chosen_on]
+    groups = [TRAINING_SCENES, followed, tables, chosen_on]
     assert all(first.stop <= second.start for first, second in zip(groups, groups[1:]))
 
     small = Questions("image", 2, first_scene=tables.start)
