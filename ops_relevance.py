@@ -105,17 +105,44 @@ def attention_by_head(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch
     dtype = weight.dtype if weight.is_floating_point() else words.dtype  # quantized weights take what they are given
 
     def heads(states, kind):
-        states = getattr(attention, f"{kind}_proj")(layer.input_layernorm(states.to(dtype)))
-        states = states.unflatten(-1, (-1, attention.head_dim))
+        states = getattr(attention, f"{kind}_proj")(states).unflatten(-1, (-1, attention.head_dim))
         norm = getattr(attention, f"{kind}_norm", None)
         return (states if norm is None else norm(states)).float()
 
-    queries, keys = heads(words, "q"), heads(tokens, "k")  # (T, h, d) and (N, L, groups, d)
-    groups = keys.shape[2]
-    queries = queries.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (groups, h / groups * T, d)
+    queries = heads(layer.input_layernorm(words.to(dtype)), "q")  # (T, h, d)
+    tokens = layer.input_layernorm(tokens.to(dtype))
+    folded = _folded_keys(attention, queries)
+    if folded is None:
+        keys = heads(tokens, "k").permute(0, 2, 3, 1)  # (N, groups, d, L)
+        queries = _by_group(queries, keys.shape[1])
+    else:
+        queries, keys = folded, tokens.float().mT[:, None]  # (1, h T, H) and (N, 1, H, L)
     with torch.autocast(words.device.type, enabled=False):
-        logits = queries @ keys.permute(0, 2, 3, 1) * attention.scaling  # (N, groups, h / groups * T, L)
-        return logits.softmax(-1).unflatten(2, (-1, len(words))).flatten(1, 2)
+        logits = queries @ keys * attention.scaling  # (N, groups, h / groups T, L)
+        return logits.flatten(1, 2).softmax(-1).unflatten(1, (-1, len(words)))
+
+
+def _by_group(queries: torch.Tensor, groups: int) -> torch.Tensor:
+    """(T, h, d) -> (groups, h / groups T, d): together what reads the same keys."""
+    return queries.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _folded_keys(attention, queries: torch.Tensor):
+    """
+    W_k^T q for every head and word, (1, h T, H) fp32, since (W_k x) . q = x . (W_k^T q): cheaper than the keys of all tokens where
+    the words of all heads are fewer than the features of a key. A bias would add the same to every token, which softmax forgets.
+
+    `None` where they are not fewer, or the keys are more than a matrix times the tokens: normalized, quantized, adapted, elsewhere.
+    """
+    projection, weight = attention.k_proj, attention.k_proj.weight
+    is_matrix = type(projection) is torch.nn.Linear and type(weight.data) is torch.Tensor and weight.is_floating_point()
+    if not is_matrix or weight.device != queries.device or getattr(attention, "k_norm", None) is not None:
+        return None
+    if len(queries) * queries.shape[1] >= len(weight):
+        return None
+    with torch.autocast(queries.device.type, enabled=False):
+        weight = weight.float().unflatten(0, (-1, attention.head_dim))  # (groups, d, H)
+        return (_by_group(queries, len(weight)) @ weight).flatten(0, 1)[None]
 
 
 def attention_affinity(layer, words: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--revision", default="main", help="revision of a Hub id")
     group.add_argument(
-        "--subfolder", default="", help="folder of the model in which its weights are, such as checkpoints/seed1"
+        "--subfolder", default="", help="folder of the model in which its weights are, such as checkpoints/qwen2_5_vl"
     )
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     group.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="default: as the checkpoint says")

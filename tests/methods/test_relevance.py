@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from rediprune.inputs_text_tower import question_segments
 from rediprune.ops_query import build_query
 from rediprune.ops_relevance import (
@@ -36,6 +38,55 @@ def test_the_largest_of_all_heads_counts():
     heads, rows = attention_by_head(layer, words, tokens), attention_affinity(layer, words, tokens)
     assert torch.equal(rows, torch.stack([heads[:, head] for head in range(4)]).amax(0))
     assert not torch.allclose(rows, heads.mean(1))
+
+
+class Layer(torch.nn.Module):
+    """The part of a decoder layer that attention is read from: `heads` query heads on `groups` key heads of `width` features."""
+
+    def __init__(self, heads, groups, width, hidden, bias=True):
+        super().__init__()
+        self.input_layernorm, self.self_attn = torch.nn.LayerNorm(hidden), torch.nn.Module()
+        self.self_attn.q_proj = torch.nn.Linear(hidden, heads * width, bias=bias)
+        self.self_attn.k_proj = torch.nn.Linear(hidden, groups * width, bias=bias)
+        self.self_attn.head_dim, self.self_attn.scaling = width, width**-0.5
+
+
+class Adapted(torch.nn.Linear):
+    """More than a matrix, for all that is known of it."""
+
+
+def adapted(layer):
+    """The same layer, whose keys can only be asked for."""
+    layer.self_attn.k_proj.__class__ = Adapted
+    return layer
+
+
+@torch.no_grad()
+@given(
+    groups=st.sampled_from([1, 2, 4]), per_group=st.sampled_from([1, 3]), words=st.integers(1, 12),
+    bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_words_folded_into_the_keys_attend_as_they_did(groups, per_group, words, bias, seed):
+    torch.manual_seed(seed)
+    layer = Layer(groups * per_group, groups, 8, 24, bias)
+    words, tokens = torch.randn(words, 24), torch.randn(3, 7, 24)
+    found = attention_by_head(layer, words, tokens)
+    torch.testing.assert_close(found, attention_by_head(adapted(layer), words, tokens))
+    assert found.shape == (3, groups * per_group, len(words), 7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "case, folds", [("few words", True), ("many words", False), ("adapted", False), ("normed", False)]
+)
+def test_keys_are_computed_where_that_is_cheaper_or_they_are_more_than_a_matrix(case, folds):
+    layer, calls = Layer(4, 4, 8, 24), []
+    if case == "normed":
+        layer.self_attn.k_norm = torch.nn.LayerNorm(8)
+    layer = adapted(layer) if case == "adapted" else layer
+    layer.self_attn.k_proj.register_forward_hook(lambda *args: calls.append(1))
+    attention_by_head(layer, torch.randn(8 if case == "many words" else 2, 24), torch.randn(1, 7, 24))
+    assert calls == ([] if folds else [1])
 
 
 @torch.no_grad()
