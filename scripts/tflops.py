@@ -64,16 +64,21 @@ def encoder(
 
 
 def attention_relevance(
-    visual_tokens: int, question_tokens: int, layers_read=1, compared=1, width=4096, mlp_width=11008, vision_width=1024
+    visual_tokens: int, question_tokens: int, layers_read=1, compared=1, width=4096, mlp_width=11008, vision_width=1024, heads=32
 ) -> float:
     """
     The same of relevance "attention": the layers that read the question by itself, the projector, and in each layer that is
-    compared in one key projection over all visual tokens, the queries of the question, and their products. "late_attention" reads
-    through four layers and compares in four, and compares the tokens of a video with one another.
+    compared in the queries of the question, and their products with the keys of all visual tokens, or where the words of all heads are
+    fewer than the features of a key, with the tokens themselves. "late_attention" reads through four layers and compares in four,
+    and compares the tokens of a video with one another.
     """
     reading = layers_read * layer_macs(question_tokens, width, mlp_width)
     projector = visual_tokens * (vision_width * width + width**2)
-    comparing = (visual_tokens + question_tokens) * width**2 + question_tokens * visual_tokens * width
+    comparing = question_tokens * width**2
+    if heads * question_tokens < width:
+        comparing += question_tokens * width**2 + heads * question_tokens * visual_tokens * width
+    else:
+        comparing += visual_tokens * width**2 + question_tokens * visual_tokens * width
     spreading = visual_tokens**2 * width if compared > 1 else 0
     return (reading + projector + compared * comparing + spreading) / 1e12
 

@@ -89,10 +89,10 @@ def test_encoder():
 
 
 @pytest.mark.parametrize("size, kept", [(144, 14), (144, 22), (576, 58), (576, 86)])
-def test_attention_relevance_costs_under_a_hundredth_of_what_it_saves(size, kept):
+def test_relevance_costs_under_a_fiftieth_of_what_it_saves(size, kept):
     saved = prefill(8 * size, 60) - prefill(8 * kept, 60)
     assert attention_relevance(8 * size, question_tokens=30) / saved < 0.01
-    assert attention_relevance(8 * size, question_tokens=30, layers_read=4, compared=4) / saved < 0.025
+    assert attention_relevance(8 * size, question_tokens=30, layers_read=4, compared=4) / saved < 0.02
 
 
 @torch.no_grad()
