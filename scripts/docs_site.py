@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 # Documents outside docs/, and their names in the site.
-OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
+OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "checkpoints/README.md": "checkpoints.md"}
 ROOMS = {  # of the code files, by the part of their names before the first "_"
     "configuration": "Configuration",
     "processing": "Processors",

@@ -35,7 +35,7 @@ class Qwen2_5VL(Family):
     public_names = {"model.visual.": "visual.", "model.language_model.": "model.", "lm_head.": "lm_head."}
     chat_template = chat_template(f"{START}{IMAGE}{END}", f"{START}{VIDEO}{END}")
     # An image is one view, where it is three in other families.
-    recipe = Recipe(vision_images=3, images=6, language_steps=6000)
+    recipe = Recipe(vision_images=3, images=6)
 
     def build_config(self, tokenizer):
         """The stock configuration of the tiny checkpoint: about 2.4 M parameters.

@@ -28,7 +28,7 @@ class Recipe:
     vision_peak: float = 2e-3
     vision_videos: int = 5
     vision_images: int = 2
-    language_steps: int = 4500
+    language_steps: int = 6000
     language_peak: float = 1.5e-3
     frame_steps: int = 1200
     video_shards: int = 4
