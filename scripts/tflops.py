@@ -64,7 +64,14 @@ def encoder(
 
 
 def attention_relevance(
-    visual_tokens: int, question_tokens: int, layers_read=1, compared=1, width=4096, mlp_width=11008, vision_width=1024, heads=32
+    visual_tokens: int,
+    question_tokens: int,
+    layers_read=1,
+    compared=1,
+    width=4096,
+    mlp_width=11008,
+    vision_width=1024,
+    heads=32,
 ) -> float:
     """
     The same of relevance "attention": the layers that read the question by itself, the projector, and in each layer that is
