@@ -36,13 +36,15 @@ def draw_across(pyplot, cells, ours: str, path) -> None:
 
 
 def _best_rivals(cells, kind: str, ours: str) -> list:
-    """The settings of other methods that every checkpoint has, with the highest mean."""
+    """The settings of other methods with the highest mean, of those checkpoints and ratios that have them."""
     means = {}
     ratios = cells.ratios(kind)
     for setting in dict.fromkeys(setting for ratio in ratios for setting in cells.settings(kind, ratio)):
+        if setting == CONTROL or setting.startswith(ours):
+            continue
         rows = [cells.row(name, kind, setting, ratio) for name in cells.checkpoints for ratio in ratios]
-        if all(rows) and setting != CONTROL and not setting.startswith(ours):
-            means[setting] = sum(row["accuracy"] for row in rows) / len(rows)
+        accuracies = [row["accuracy"] for row in rows if row]
+        means[setting] = sum(accuracies) / len(accuracies)
     return sorted(means, key=means.get, reverse=True)[:RIVALS]
 
 
