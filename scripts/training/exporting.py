@@ -63,6 +63,10 @@ def tokenizer_config(family, tokenizer: Tokenizer, tokens: dict) -> dict:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": family.max_length,
         "padding_side": "left",
+        "model_input_names": [
+            "input_ids",
+            "attention_mask",
+        ],  # 4.57 gives types of tokens, too, which not every model takes
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
             str(tokenizer.token_to_id(token)): {
