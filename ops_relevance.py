@@ -134,9 +134,11 @@ def _folded_keys(attention, queries: torch.Tensor):
 
     `None` where they are not fewer, or the keys are more than a matrix times the tokens: normalized, quantized, adapted, elsewhere.
     """
-    projection, weight = attention.k_proj, attention.k_proj.weight
-    is_matrix = type(projection) is torch.nn.Linear and type(weight.data) is torch.Tensor and weight.is_floating_point()
-    if not is_matrix or weight.device != queries.device or getattr(attention, "k_norm", None) is not None:
+    projection = attention.k_proj
+    if type(projection) is not torch.nn.Linear or getattr(attention, "k_norm", None) is not None:
+        return None
+    weight = projection.weight
+    if type(weight.data) is not torch.Tensor or not weight.is_floating_point() or weight.device != queries.device:
         return None
     if len(queries) * queries.shape[1] >= len(weight):
         return None
