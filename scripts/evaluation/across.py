@@ -2,7 +2,7 @@
 
 from evaluation.settings import UNPRUNED
 
-RIVALS = 4  # more lines could not be told apart
+COLOURS = ("C0", "C1", "C2", "C4")  # of so many rivals: more lines could not be told apart
 CONTROL = "random,positions=original"
 
 
@@ -21,7 +21,8 @@ def draw_across(pyplot, cells, ours: str, path) -> None:
     )
     for row, kind in zip(axes, kinds, strict=True):
         lines = {ours: {"color": "C3", "linewidth": 2.5, "zorder": 3}}
-        lines |= {setting: {"linewidth": 1.2} for setting in _best_rivals(cells, kind, ours)}
+        rivals = zip(_best_rivals(cells, kind, ours), COLOURS, strict=False)
+        lines |= {setting: {"color": colour, "linewidth": 1.2} for setting, colour in rivals}
         lines[CONTROL] = {"color": "grey", "linestyle": ":"}
         for place, name in zip(row, checkpoints, strict=True):
             _draw_panel(place, cells, name, kind, lines)
@@ -45,7 +46,7 @@ def _best_rivals(cells, kind: str, ours: str) -> list:
         rows = [cells.row(name, kind, setting, ratio) for name in cells.checkpoints for ratio in ratios]
         accuracies = [row["accuracy"] for row in rows if row]
         means[setting] = sum(accuracies) / len(accuracies)
-    return sorted(means, key=means.get, reverse=True)[:RIVALS]
+    return sorted(means, key=means.get, reverse=True)
 
 
 def _draw_panel(axes, cells, checkpoint: str, kind: str, lines: dict) -> None:
@@ -63,6 +64,6 @@ def _draw_panel(axes, cells, checkpoint: str, kind: str, lines: dict) -> None:
         )
     ticks = sorted(cells.ratios(kind))
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks], fontsize=7)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
