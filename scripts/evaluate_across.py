@@ -32,7 +32,10 @@ def parse_arguments(argv):
     parser.add_argument("--output", required=True, help="where results go: OUTPUT.json, OUTPUT.md")
     parser.add_argument("--plots", action="store_true", help="also draw OUTPUT.png (needs matplotlib)")
     args = parser.parse_args(argv)
-    args.reports = dict(_named(parser, text) for text in args.reports)
+    named = [_named(parser, text) for text in args.reports]
+    args.reports = dict(named)
+    if len(args.reports) < len(named):
+        parser.error(f"the names {', '.join(name for name, _ in named)} must differ: a name is a column")
     args.output = output_prefix(args.output)
     args.command = recorded_command(__file__, argv)
     return args

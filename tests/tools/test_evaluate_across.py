@@ -97,6 +97,14 @@ def test_reports_about_different_scenes_are_refused(tmp_path):
         across(tmp_path, one=report(), two=report(first_scene=5))
 
 
+def test_two_reports_of_one_name_are_refused(capsys, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(report()))
+    with pytest.raises(SystemExit):
+        main([f"a={path}", f"a={path}", "--output", str(tmp_path / "across")])
+    assert "must differ" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["a.json", "=a.json", "a="])
 def test_a_report_needs_a_name(capsys, text):
     with pytest.raises(SystemExit):
