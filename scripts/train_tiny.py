@@ -40,7 +40,7 @@ from training.vision import train_vision
 from writing import output_folder
 
 FAMILIES = {family.name: family for family in (LlavaNextVideo, LlavaOnevision, Qwen2_5VL)}
-GIVEN = {  # what of a recipe can be given, the same for all families unless it is
+GIVEN = {  # what of a recipe can be given
     "vision_steps": "steps of the vision stage",
     "language_steps": "steps of the language stage",
     "frame_steps": "language steps on single frames",

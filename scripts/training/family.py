@@ -104,8 +104,8 @@ class Family(ABC):
         """What asks visual tokens where they are."""
 
     @abstractmethod
-    def position_loss(self, model, head: nn.Module, features: torch.Tensor, pack: Pack) -> torch.Tensor:
-        """The loss of that head on the batch that the model has just seen."""
+    def position_loss(self, model, head: nn.Module, features: torch.Tensor, pack: Pack, states: tuple) -> torch.Tensor:
+        """The loss of that head on a batch; `states` are those of `answer_pack`."""
 
     # -- export
 

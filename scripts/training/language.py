@@ -34,8 +34,8 @@ def train_language(run: Run, family, model, tokenizer: Tokenizer) -> None:
         samples = pools["image" if kind == "images" else "video"].draw(rng, getattr(recipe, kind))
         features = stack(samples)
         visual, pack = getattr(questioner, kind)(samples, features, rng)
-        loss, right = answer_pack(model, pack, visual)
-        position_loss = family.position_loss(model, head, features, pack)
+        loss, right, states = answer_pack(model, pack, visual)
+        position_loss = family.position_loss(model, head, features, pack, states)
         optimizer.update(loss + recipe.position_weight * position_loss)
         remember(recent, kind, pack, right)
         if (step + 1) % 100 == 0 or step + 1 == steps:
@@ -79,7 +79,7 @@ def evaluate(questioner: Questioner, model, samples: dict[str, list[Sample]]) ->
                 part = group[start : start + 32]
                 asked = [list(sample.scene.questions) for sample in part]
                 visual, pack = questioner(kind, stack(part), asked, size=size if kind == "image" else None)
-                _, right = answer_pack(model, pack, visual)
+                _, right, _ = answer_pack(model, pack, visual)
                 for type_, hit in zip(pack.types, right.tolist(), strict=True):
                     hits[type_].append(hit)
         result[kind] = summary(hits)

@@ -129,7 +129,7 @@ class LlavaNextVideo(Family):
     def position_head(self, model):
         return PositionHead(model.config.text_config.hidden_size)
 
-    def position_loss(self, model, head, features, pack):
+    def position_loss(self, model, head, features, pack, states):
         return head(model.model.multi_modal_projector(features))
 
     # -- export

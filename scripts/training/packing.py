@@ -77,8 +77,9 @@ class Packer:
         return Pack(*padded, types)
 
 
-def answer_pack(model, pack: Pack, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss over the answers of a pack, and which questions are answered right: bool (len(pack.types),).
+def answer_pack(model, pack: Pack, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Loss over the answers of a pack, which questions are answered right, bool (len(pack.types),), and the states (B, T, H) before
+    and behind each layer.
 
     `visual` (B, V, H) are the projected visual tokens. Right means that every token of the answer and its end token is the
     most likely one, given the ones before it: what greedy generation produces.
@@ -87,11 +88,15 @@ def answer_pack(model, pack: Pack, visual: torch.Tensor) -> tuple[torch.Tensor, 
     embeds = model.get_input_embeddings()(pack.ids)
     placeholder = (pack.ids == config.image_token_id) | (pack.ids == config.video_token_id)
     embeds = embeds.masked_scatter(placeholder[..., None], visual.to(embeds.dtype))
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=pack.mask(), position_ids=pack.position, use_cache=False
-    ).last_hidden_state
+    outputs = model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=pack.mask(),
+        position_ids=pack.position,
+        use_cache=False,
+        output_hidden_states=True,
+    )
     answer = pack.owner[:, 1:] >= 0
-    logits = model.lm_head(hidden[:, :-1][answer])
+    logits = model.lm_head(outputs.last_hidden_state[:, :-1][answer])
     target = pack.ids[:, 1:][answer]
     wrong = torch.bincount(pack.owner[:, 1:][answer], (logits.argmax(-1) != target).float(), len(pack.types))
-    return F.cross_entropy(logits, target), wrong == 0
+    return F.cross_entropy(logits, target), wrong == 0, outputs.hidden_states

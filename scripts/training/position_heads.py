@@ -35,25 +35,20 @@ class PlaceHead(nn.Module):
     late if nothing but answers asks for it.
 
     Args:
-        layer: the language layer, which is watched from now on.
-        width: of its hidden states.
+        width: of the states of that layer.
     """
 
     SIZES = (8, 12, 12)  # frames of a video, rows and columns of the largest image
 
-    def __init__(self, layer: nn.Module, width: int):
+    def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.places = nn.Linear(width, sum(self.SIZES))
-        layer.register_forward_hook(self._watch)
 
-    def _watch(self, layer, args, output):
-        self.states = output[0] if isinstance(output, tuple) else output
-
-    def forward(self, pack) -> torch.Tensor:
-        """The loss over the visual tokens of the pack that the model has just seen."""
+    def forward(self, pack, states: torch.Tensor) -> torch.Tensor:
+        """The loss over the visual tokens of a pack; `states` (B, T, H) are those behind the layer."""
         mark = int((pack.segment[0] == 0).sum()) - 1  # that behind the visual tokens
-        states = self.states[:, mark - len(pack.places) : mark]
+        states = states[:, mark - len(pack.places) : mark]
         logits = self.places(self.norm(states)).split(self.SIZES, -1)
         targets = pack.places.expand(len(states), -1, -1).unbind(-1)
         losses = [F.cross_entropy(part.flatten(0, 1), of.flatten()) for part, of in zip(logits, targets, strict=True)]

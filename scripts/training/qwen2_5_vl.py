@@ -138,10 +138,11 @@ class Qwen2_5VL(Family):
         return replace(pack, position=position.clamp_min(0), places=places.T)
 
     def position_head(self, model):
-        return PlaceHead(model.model.language_model.layers[1], model.config.text_config.hidden_size)
+        return PlaceHead(model.config.text_config.hidden_size)
 
-    def position_loss(self, model, head, features, pack):
-        return head(pack)
+    def position_loss(self, model, head, features, pack, states):
+        """Of the states behind the second layer."""
+        return head(pack, states[2])
 
     # -- export
 
