@@ -180,6 +180,9 @@ class Evaluation:
                 answer(self.model, self.processor, self.inputs(questions, setting, (0, 1), 0.5))
             except ValueError as error:
                 reasons[setting.text] = str(error)
+        if self.processes.main:
+            for text, reason in reasons.items():
+                print(f"{text} is left out: {reason}", file=sys.stderr)
         return reasons
 
     def _block(self, setting: Setting):

@@ -45,7 +45,7 @@ def test_every_method_that_a_ratio_sets_is_in_the_group():
     assert all(setting.takes_ratio and setting.may_be_refused for name in GROUPS for setting in as_settings(name))
 
 
-def test_what_a_model_refuses_of_a_group_is_left_out_with_the_reason(tmp_path):
+def test_what_a_model_refuses_of_a_group_is_left_out_with_the_reason(capsys, tmp_path):
     script = importlib.import_module("evaluate")
     arguments = [
         "--subfolder",
@@ -61,6 +61,7 @@ def test_what_a_model_refuses_of_a_group_is_left_out_with_the_reason(tmp_path):
     run = script.Evaluation(args, script.Processes(args))
     texts = [setting.text for setting in args.settings]
     assert "no CLS" in run.left_out["visionzip,positions=original"] and "visionzip,positions=original" not in texts
+    assert "visionzip,positions=original is left out: method=" in capsys.readouterr().err
     assert "fastv" in run.left_out and "rediprune,positions=compact" in run.left_out
     assert {"rediprune_plus", "random,positions=original", "rediprune_plus,query=other", "rediprune_plus,alpha=2"} <= {
         *texts
