@@ -6,6 +6,11 @@ import torch
 from repository import code_module, fail
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, SiglipVisionConfig
 
+try:
+    from transformers.initialization import no_init_weights
+except ImportError:  # 4.57
+    from transformers.modeling_utils import no_init_weights
+
 # Of the published models: Vicuna-7B, Qwen2-7B and -2.5-7B, Qwen3-8B, CLIP ViT-L/14 at 336 pixels, the layers of SigLIP So400m/14 at 384
 # that run, and the towers of Qwen2.5-VL and Qwen3-VL. Those of Qwen are dictionaries, which is what their configs take.
 QWEN2 = {
@@ -176,7 +181,9 @@ def random_model(config, dtype=torch.bfloat16, device="cpu", attention: str = No
         config._attn_implementation = attention
     model_class = getattr(code_module(config.model_file), config.model_class)
     if hasattr(config.vision_config, "depth"):  # rotary angles of Qwen's towers are lost on the meta device
-        return _filled(model_class._from_config(config, dtype=dtype).to(device).eval())
+        with no_init_weights():
+            model = model_class._from_config(config, dtype=dtype)
+        return _filled(model.to(device).eval())
     with torch.device("meta"):
         model = model_class(config).to(dtype)
     model = model.to_empty(device=device).eval()

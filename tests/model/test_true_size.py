@@ -1,4 +1,4 @@
-"""The shapes of each family's 7B model with random weights, its language model cut to two layers, within 8 GB."""
+"""The widths of each family's 7B model with random weights and few layers, in float32 and within 4 GB."""
 
 import json
 import os
@@ -42,7 +42,6 @@ TOKENS = {
     "llava_onevision": [151646, 151647],
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), [151655, 151656]),
 }
-VOCABULARY = {"llava_onevision": 152064, "qwen2_5_vl": 152064, "qwen3_vl": 151936}
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
@@ -70,13 +69,13 @@ def test_kept_tokens(family, report):
     assert [run["projected"] for run in report["runs"]] == PROJECTED.get(family.name, RUNS[family.name])
     for run in report["runs"]:
         assert run["kept"] == [run["placeholders"]]
-        assert run["logits"] == [1, 1, VOCABULARY.get(family.name, 32064)] and run["finite"]
+        assert run["logits"] == [1, 1, 1024] and run["finite"]
 
 
-def test_vocabulary(family, report):
+def test_token_ids(family, report):
     assert report["token_ids"] == TOKENS.get(family.name, [32000, 32001][: len(family.kinds)])
 
 
 def test_peak_memory(report):
-    assert report["parameters"] > 900e6
-    assert report["peak_bytes"] < 8 * GIGABYTE
+    assert report["parameters"] > 240e6
+    assert report["peak_bytes"] < 4 * GIGABYTE
