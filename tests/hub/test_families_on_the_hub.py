@@ -1,19 +1,21 @@
 """Variants of every family: exported, loaded through everything that loads a model, saved, pushed, and carried to the other line
-of transformers. Every step runs in a fresh process."""
+of transformers. All of this happens in processes that know nothing of this one: one exports, one loads and saves, one pushes, and
+one of the other line loads what these left. The tests on that line see the other direction."""
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
 import sys
 
-import export
 import pytest
 import torch
 from exporting import refused, run
 from families import FAMILIES
 from hub_server import Hub
 from places import ROOT
-from test_hub import OTHER_PYTHON, assert_same, environment, needs_other, run_step
+from test_hub import OTHER_PYTHON, assert_same, environment, needs_other, run_step, run_steps
 from tiny import random_image, random_video, write_video
 from transformers import AutoProcessor
 
@@ -60,8 +62,56 @@ def variant(base, folder):
 
 
 @pytest.fixture(scope="module")
-def loaded(variant, folder):
-    return run_step("everywhere", None, folder / "home", repo=variant)
+def linked(base, folder):
+    run(base, "--link", "--keep-ratio", KEEP_RATIO, "--output", folder / "linked")
+    return folder / "linked"
+
+
+@pytest.fixture(scope="module")
+def old(family, base, folder):
+    """A variant of the base as it was published, and what its export printed."""
+    vicuna = family.config_class.fallback_template
+    bare = published(base, folder / "published", *([] if vicuna else [()]))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run(bare, "--keep-ratio", KEEP_RATIO, "--output", folder / "old")
+    return folder / "old", printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def here(variant, linked, folder):
+    """What this line finds in the folders; it saves one of them again."""
+    return run_steps(
+        None,
+        folder / "home",
+        copy=("everywhere", {"repo": variant}),
+        link=("everywhere", {"repo": linked}),
+        again=("saved_again", {"repo": variant, "folder": folder / "again"}),
+        card=("card", {"folder": variant}),
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(here):
+    return here["copy"]
+
+
+@pytest.fixture(scope="module")
+def pushed(family, hub, variant, folder):
+    return run_step("pushed", hub, folder / "home-hub", folder=variant, repo=f"me/{family.name}")
+
+
+@pytest.fixture(scope="module")
+def there(family, hub, variant, here, old, pushed, folder):
+    """What the other line finds in the folders and on the Hub."""
+    return run_steps(
+        hub,
+        folder / "home-other",
+        OTHER_PYTHON,
+        again=("everywhere", {"repo": folder / "again"}),
+        old=("everywhere", {"repo": old[0]}),
+        by_id=("everywhere", {"repo": f"me/{family.name}"}),
+        card=("card", {"folder": variant}),
+    )
 
 
 def check(family, found, expected, across_lines=False):
@@ -87,24 +137,33 @@ def test_a_copy_loads_through_every_auto_class(family, loaded):
     check(family, loaded, loaded)
 
 
-def test_a_link_is_the_copy_without_its_weights(family, base, folder, loaded):
-    arguments = [base, "--link", "--keep-ratio", KEEP_RATIO, "--output", folder / "linked", "--no-check"]
-    export.export(export.parse_arguments([*map(str, arguments)]))
-    assert not list((folder / "linked").glob("*.safetensors"))
-    check(family, run_step("everywhere", None, folder / "home", repo=folder / "linked"), loaded)
+def test_a_link_is_the_copy_without_its_weights(family, here, linked):
+    assert not list(linked.glob("*.safetensors"))
+    check(family, here["link"], here["copy"])
 
 
-@pytest.mark.parametrize(
-    "python", [sys.executable, pytest.param(OTHER_PYTHON, marks=needs_other)], ids=["this", "other"]
-)
-def test_the_code_of_the_card_answers(variant, folder, python):
-    assert run_step("card", None, folder / "home", python=python, folder=variant)["printed"]
+def test_the_code_of_the_card_answers(here):
+    assert here["card"]["printed"]
 
 
-def test_saved_and_loaded_again(variant, folder, loaded):
-    again = run_step("saved_again", None, folder / "home", repo=variant, folder=folder / "again")
-    assert again["weights"] == loaded["weights"]
-    assert_same(again["seen"], loaded["seen"]["AutoModel"][1])
+def test_saved_and_loaded_again(here):
+    assert here["again"]["weights"] == here["copy"]["weights"]
+    assert_same(here["again"]["seen"], here["copy"]["seen"]["AutoModel"][1])
+
+
+def test_pushed_and_loaded_by_id(family, pushed, loaded):
+    check(family, pushed, loaded)
+
+
+@needs_other
+@pytest.mark.parametrize("where", ["again", "by_id"])
+def test_the_other_line_loads_what_this_one_saved_and_pushed(family, there, loaded, where):
+    check(family, there[where], loaded, across_lines=True)
+
+
+@needs_other
+def test_the_other_line_runs_the_code_of_the_card_and_loads_an_old_base(family, there):
+    assert there["card"]["printed"] and there["old"]["processor"] == family.processor_class.__name__
 
 
 # -- bases as they are published ---------------------------------------------------------------------------------------
@@ -124,18 +183,11 @@ def published(base, folder, templates=("chat_template.jinja", "chat_template.jso
     return folder
 
 
-def test_an_old_base(family, base, folder, variant, capsys):
-    vicuna = family.config_class.fallback_template
-    arguments = [
-        published(base, folder / "published", *([] if vicuna else [()])),
-        "--output",
-        folder / "old",
-        "--no-check",
-    ]
-    export.export(export.parse_arguments([*map(str, arguments), "--keep-ratio", str(KEEP_RATIO)]))
-    assert ("Vicuna" in capsys.readouterr().out) == vicuna
+def test_an_old_base(family, old, variant):
+    output, printed = old
+    assert ("Vicuna" in printed) == family.config_class.fallback_template
     new = AutoProcessor.from_pretrained(variant, trust_remote_code=True)
-    old = AutoProcessor.from_pretrained(folder / "old", trust_remote_code=True)
+    old = AutoProcessor.from_pretrained(output, trust_remote_code=True)
     assert type(old).__name__ == family.processor_class.__name__
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where ?"}]}]
     assert family.written("USER: <image>") in old.apply_chat_template(chat)
@@ -148,9 +200,6 @@ def test_an_old_base(family, base, folder, variant, capsys):
         # Frames are resized as images are, where nothing is said of videos.
         alike = found.keys() - {"pixel_values_videos"}
         assert all(torch.equal(found[name], expected[name]) for name in alike)
-    if OTHER_PYTHON:
-        seen = run_step("everywhere", None, folder / "home", python=OTHER_PYTHON, repo=folder / "old")
-        assert seen["processor"] == family.processor_class.__name__
 
 
 @pytest.mark.parametrize(
@@ -201,27 +250,3 @@ def test_old_bases_of_qwen(name, tmp_path):
     video = write_video(tmp_path / "clip.mp4", random_video(frames=40))
     inputs = processor(text=family.written("<video> where ?"), videos=[str(video)])
     assert inputs["video_grid_thw"][0, 0] == 4  # pairs of frames of four seconds
-
-
-@needs_other
-@pytest.mark.parametrize("first", ["this", "other"])
-def test_what_one_line_saved_the_other_one_loads(family, variant, folder, loaded, first):
-    lines = [sys.executable, OTHER_PYTHON] if first == "this" else [OTHER_PYTHON, sys.executable]
-    saved = folder / f"saved by {first}"
-    run_step("saved_again", None, folder / "home", python=lines[0], repo=variant, folder=saved)
-    check(family, run_step("everywhere", None, folder / "home", python=lines[1], repo=saved), loaded, across_lines=True)
-
-
-@pytest.fixture(scope="module")
-def pushed(family, hub, variant, folder):
-    return run_step("pushed", hub, folder / "home-hub", folder=variant, repo=f"me/{family.name}")
-
-
-def test_pushed_and_loaded_by_id(family, pushed, loaded):
-    check(family, pushed, loaded)
-
-
-@needs_other
-def test_the_other_line_loads_by_id_what_this_one_pushed(family, hub, pushed, folder, loaded):
-    found = run_step("everywhere", hub, folder / "home-other", python=OTHER_PYTHON, repo=f"me/{family.name}")
-    check(family, found, loaded, across_lines=True)

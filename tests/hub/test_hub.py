@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import export
 import pytest
@@ -69,15 +68,19 @@ def environment(hub=None, home=None, token="hf_me", offline=False):
 
 
 def run_step(step, hub, home, python=sys.executable, token="hf_me", offline=False, **arguments):
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
     result = subprocess.run(
-        [python, str(SUPPORT / "steps.py"), step, json.dumps(arguments)],
+        [python, str(SUPPORT / "steps.py"), step, json.dumps(arguments, default=str)],
         env=environment(hub, home, token, offline),
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def run_steps(hub, home, python=sys.executable, **steps):
+    """Several in one process, each a pair of a step and its arguments; what they gave, by their names."""
+    return run_step("several", hub, home, python, steps=steps)
 
 
 def run_export(*arguments, hub, home, check=False):
@@ -131,16 +134,9 @@ def test_load_by_id(hub, pushed, tmp_path):
 
 @needs_other
 def test_other_line_loads_what_this_one_pushed(hub, pushed, tmp_path):
+    """The tests on the other line see the other direction."""
     found = run_step("load_by_id", hub, tmp_path, python=OTHER_PYTHON, repo="me/tiny", first=pushed["first"])
     check_loaded(found, pushed)
-
-
-@needs_other
-def test_this_line_loads_what_the_other_one_pushed(hub, variant, tmp_path):
-    pushed = run_step("push", hub, tmp_path / "a", python=OTHER_PYTHON, folder=variant, repo="me/other")
-    check_loaded(
-        run_step("load_by_id", hub, tmp_path / "b", repo="me/other", first=pushed["first"]), pushed, "me/other"
-    )
 
 
 def test_offline_after_a_download(hub, pushed, tmp_path):

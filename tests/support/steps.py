@@ -1,6 +1,7 @@
 """What the tests of publishing do in fresh processes: `python steps.py STEP '{"argument": ...}'` prints one JSON object.
 
-A step runs under whichever transformers its interpreter has, and knows nothing of the tests' own package."""
+A step runs under whichever transformers its interpreter has, and knows nothing of the tests' own package. `several` of them run
+one after another in one process: to import torch and transformers takes longer than most steps."""
 
 import json
 import os
@@ -173,9 +174,11 @@ def card(folder) -> dict:
 
     with open(f"{folder}/README.md", encoding="utf-8") as file:
         (code,) = re.findall(r"^```python\n(.*?)^```$", file.read(), re.MULTILINE | re.DOTALL)
+    before = os.getcwd()
     os.chdir(os.path.dirname(folder))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {})
+    os.chdir(before)
     return {"printed": printed.getvalue().strip()}
 
 
@@ -309,6 +312,14 @@ def linked_offline(repo) -> dict:
     return fingerprint(*load(repo))
 
 
+def several(steps) -> dict:
+    """What each step of {name: (step, its arguments)} gives, by its name."""
+    return {name: run(step, arguments) for name, (step, arguments) in steps.items()}
+
+
+def run(step, arguments) -> dict:
+    return globals()[step](**arguments)
+
+
 if __name__ == "__main__":
-    step, arguments = sys.argv[1], json.loads(sys.argv[2])
-    print(json.dumps(globals()[step](**arguments)))
+    print(json.dumps(run(sys.argv[1], json.loads(sys.argv[2]))))
