@@ -5,8 +5,8 @@ A setting is a method and, after commas, changes to the pruning block: `rediprun
 its ratio in the tables is what that comes to; so does one that needs no budget (`vtw`). The unpruned model always runs first, and every
 other row is also compared with its answers.
 
-Two names stand for many settings: `methods` (every method whose budget is the ratio, with the controls) and `ablation` (the choices of
-`rediprune_plus` one by one). Those of them that the model refuses, as a tower without CLS does, are left out, and the report says why.
+Three names stand for many settings: `methods` (every method whose budget is the ratio, with the controls), `ablation` (the choices of
+`rediprune_plus` one by one) and `stages` (before the language model, inside it and both, for `--operations`). Those of them that the model refuses, as a tower without CLS does, are left out, and the report says why.
 
 Controls: the methods `random` and `uniform`; and `query=other` (select for the question of another sample) or
 `query=constant` (for one and the same text), after a method that looks at the question. The answer is still to the question
@@ -22,7 +22,7 @@ Examples:
     python scripts/evaluate.py --output runs/query --settings rediprune rediprune,query=other rediprune,query=constant
     python scripts/evaluate.py --output runs/seeds --settings rediprune random --seeds 5 --kinds video
     python scripts/evaluate.py --output runs/all --settings methods --ratios 0.25 4/36 --subfolder checkpoints/qwen2_5_vl
-    python scripts/evaluate.py --output runs/equal --settings rediprune_plus fastv --operations 0.6 0.5
+    python scripts/evaluate.py --output runs/equal --settings stages --operations 0.5 0.25
     accelerate launch --multi_gpu --num_processes 2 scripts/evaluate.py --output runs/shared --threads 1
     python scripts/evaluate.py --output runs/shared --threads 1 --time 15 --plots   # adds times to the answers
 """
@@ -269,7 +269,7 @@ def summary(seconds: list) -> dict:
 
 
 def cells_of(run: Evaluation, costs: Costs) -> list:
-    """(setting, keep ratio) of every row but the unpruned one."""
+    """(setting, keep ratio, share of the operations that was asked for, if any) of every row but the unpruned one."""
     args, cells = run.args, []
     with_ratio = [setting for setting in args.settings if setting.takes_ratio]
     if args.operations:
@@ -279,13 +279,13 @@ def cells_of(run: Evaluation, costs: Costs) -> list:
             if ratio is None:
                 print(f"{setting.text} cannot take {share:g} of the unpruned operations: left out", file=sys.stderr)
             else:
-                cells.append((setting, ratio))
+                cells.append((setting, ratio, share))
     else:
-        cells += [(setting, ratio) for ratio in args.ratios for setting in with_ratio]
+        cells += [(setting, ratio, None) for ratio in args.ratios for setting in with_ratio]
     for setting in args.settings:
         if not setting.takes_ratio:
             run.use(setting)
-            cells.append((setting, costs.share_of_budget()))
+            cells.append((setting, costs.share_of_budget(), None))
     return cells
 
 
@@ -294,19 +294,21 @@ def evaluate_kind(run: Evaluation, kind: str) -> list:
     args, rows = run.args, []
     questions = Questions(kind, args.scenes, args.first_scene)
     unpruned, costs = Setting(UNPRUNED, {}), Costs(run, questions)
-    cells = [(unpruned, 1.0), *cells_of(run, costs)]
-    for setting, ratio in tqdm(cells, desc=f"{kind}s", unit="cell", disable=not run.processes.main):
+    cells = [(unpruned, 1.0, None), *cells_of(run, costs)]
+    for setting, ratio, asked in tqdm(cells, desc=f"{kind}s", unit="cell", disable=not run.processes.main):
         by_seed = [run.answers(questions, variant, ratio) for variant in run.variants(setting)]
         before = run.answers(questions, unpruned, 1.0)
         scores = score(questions.answers, questions.types, questions.scene_of, by_seed, before)
         run.use(setting)
         row = {"kind": kind, "setting": setting.text, "keep_ratio": ratio, **costs.of_row(setting, ratio), **scores}
+        if asked:
+            row["asked_operations"] = asked
         row["share_of_operations"] = row["prefill_operations"] / (rows[0] if rows else row)["prefill_operations"]
         rows.append(row)
         if run.processes.main:
             tqdm.write(f"{kind} {setting.text:40} {ratio:<5g} {100 * row['accuracy']:5.1f} %")
     if args.time:
-        times = run.time_rows(questions, cells)
+        times = run.time_rows(questions, [(setting, ratio) for setting, ratio, _ in cells])
         for row in rows:
             row["time"] = summary(times[row["setting"], row["keep_ratio"]])
     return rows

@@ -1,8 +1,9 @@
 """Results of evaluate.py for several checkpoints side by side: does what holds for one hold for the others?
 
-One table for each kind of media and keep ratio, a setting a row and a checkpoint a column, and one of the goals: is the best of ours
-ahead of every rival outside the intervals, and how much of the unpruned accuracy is left? A rival is every setting of another method;
-what one that prunes inside the language model takes of the unpruned operations stands beside it.
+One table for each kind of media and budget (a keep ratio, or a share of the operations where `evaluate.py --operations` asked for it), a
+setting a row and a checkpoint a column, and one of the goals: is the best of ours ahead of every rival outside the intervals, and how
+much of the unpruned accuracy is left? A rival is every setting of another method; what one that prunes inside the language model takes
+of the unpruned operations stands beside it.
 
 Examples:
     python scripts/evaluate.py --settings methods --ratios 0.25 4/36 --output runs/clip
@@ -49,17 +50,26 @@ def _named(parser, text: str) -> tuple:
 
 
 class Cells:
-    """The rows of all reports by checkpoint, kind, setting and keep ratio."""
+    """
+    The rows of all reports by checkpoint, kind, setting and budget.
+
+    Attributes:
+        measure: what budgets are shares of: `"keep ratio"` or `"share of the operations"`.
+    """
 
     def __init__(self, reports: dict):
         self.checkpoints, self.rows = list(reports), {}
+        asked = {any("asked_operations" in row for row in report["rows"]) for report in reports.values()}
+        if len(asked) > 1:
+            fail("some of the reports are by keep ratio and some by operations: give reports of one kind")
+        self.measure = "share of the operations" if asked == {True} else "keep ratio"
         for name, report in reports.items():
             for row in report["rows"]:
-                self.rows[name, row["kind"], row["setting"], row["keep_ratio"]] = row
+                self.rows[name, row["kind"], row["setting"], row.get("asked_operations", row["keep_ratio"])] = row
 
     def _column(self, part: int, **fixed) -> list:
         """The values of one part of the keys in order of their first appearance, where other parts are as `fixed`."""
-        names = ("checkpoint", "kind", "setting", "ratio")
+        names = ("checkpoint", "kind", "setting", "budget")
         keys = [key for key in self.rows if all(key[names.index(name)] == value for name, value in fixed.items())]
         return list(dict.fromkeys(key[part] for key in keys))
 
@@ -67,24 +77,24 @@ class Cells:
     def kinds(self) -> list:
         return self._column(1)
 
-    def settings(self, kind: str, ratio: float) -> list:
-        return self._column(2, kind=kind, ratio=ratio)
+    def settings(self, kind: str, budget: float) -> list:
+        return self._column(2, kind=kind, budget=budget)
 
-    def ratios(self, kind: str) -> list:
-        return [ratio for ratio in self._column(3, kind=kind) if ratio < 1]
+    def budgets(self, kind: str) -> list:
+        return [budget for budget in self._column(3, kind=kind) if budget < 1]
 
-    def row(self, checkpoint: str, kind: str, setting: str, ratio: float):
+    def row(self, checkpoint: str, kind: str, setting: str, budget: float):
         """`None` where the checkpoint has no such row."""
-        return self.rows.get((checkpoint, kind, setting, ratio))
+        return self.rows.get((checkpoint, kind, setting, budget))
 
 
-def goal(cells: Cells, checkpoint: str, kind: str, ratio: float) -> dict | None:
+def goal(cells: Cells, checkpoint: str, kind: str, budget: float) -> dict | None:
     """How ours stands beside the unpruned model and its best rival; `None` where one of them was not measured."""
-    unpruned, ours = cells.row(checkpoint, kind, UNPRUNED, 1.0), cells.row(checkpoint, kind, OURS, ratio)
+    unpruned, ours = cells.row(checkpoint, kind, UNPRUNED, 1.0), cells.row(checkpoint, kind, OURS, budget)
     rivals = [
         row
-        for setting in cells.settings(kind, ratio)
-        if parse_setting(setting)["method"] != OURS and (row := cells.row(checkpoint, kind, setting, ratio))
+        for setting in cells.settings(kind, budget)
+        if parse_setting(setting)["method"] != OURS and (row := cells.row(checkpoint, kind, setting, budget))
     ]
     if not (unpruned and ours and rivals):
         return None
@@ -92,7 +102,8 @@ def goal(cells: Cells, checkpoint: str, kind: str, ratio: float) -> dict | None:
     return {
         "checkpoint": checkpoint,
         "kind": kind,
-        "keep_ratio": ratio,
+        "measure": cells.measure,
+        "budget": budget,
         "unpruned": unpruned["accuracy"],
         "ours": ours,
         "share_of_unpruned": ours["accuracy"] / unpruned["accuracy"],
@@ -104,9 +115,9 @@ def goal(cells: Cells, checkpoint: str, kind: str, ratio: float) -> dict | None:
 
 def goals(cells: Cells) -> list:
     found = [
-        goal(cells, checkpoint, kind, ratio)
+        goal(cells, checkpoint, kind, budget)
         for kind in cells.kinds
-        for ratio in cells.ratios(kind)
+        for budget in cells.budgets(kind)
         for checkpoint in cells.checkpoints
     ]
     return [entry for entry in found if entry]
@@ -127,7 +138,7 @@ def markdown(command: str, reports: dict, cells: Cells) -> str:
     lines += ["", f"## {OURS} beside its best rival", ""]
     header = [
         "",
-        "keep ratio",
+        cells.measure,
         "checkpoint",
         "unpruned",
         OURS,
@@ -138,11 +149,11 @@ def markdown(command: str, reports: dict, cells: Cells) -> str:
     lines += table(header, [_goal_cells(entry) for entry in goals(cells)])
     for kind in cells.kinds:
         unpruned = [cells.row(name, kind, UNPRUNED, 1.0) for name in cells.checkpoints]
-        for ratio in cells.ratios(kind):
-            lines += ["", f"## {kind.capitalize()}s, keep ratio {ratio:.4g}", ""]
+        for budget in cells.budgets(kind):
+            lines += ["", f"## {kind.capitalize()}s, {cells.measure} {budget:.4g}", ""]
             rows = [["unpruned", *map(_cell, unpruned)]]
-            for setting in cells.settings(kind, ratio):
-                rows.append([setting, *(_cell(cells.row(name, kind, setting, ratio)) for name in cells.checkpoints)])
+            for setting in cells.settings(kind, budget):
+                rows.append([setting, *(_cell(cells.row(name, kind, setting, budget)) for name in cells.checkpoints)])
             lines += table(["setting", *cells.checkpoints], rows)
     return "\n".join(lines) + "\n"
 
@@ -157,7 +168,7 @@ def _goal_cells(entry: dict) -> list:
         rival += f" at {percent(entry['rival']['share_of_operations'])} % of the operations"
     return [
         f"{entry['kind']}s",
-        f"{entry['keep_ratio']:.4g}",
+        f"{entry['budget']:.4g}",
         entry["checkpoint"],
         percent(entry["unpruned"]),
         with_interval(entry["ours"]),

@@ -31,19 +31,19 @@ def draw_across(pyplot, cells, ours: str, path) -> None:
     for place, name in zip(axes[0], checkpoints, strict=True):
         place.set_title(name)
     for place in axes[-1]:
-        place.set_xlabel("keep ratio")
+        place.set_xlabel(cells.measure)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 
 def _best_rivals(cells, kind: str, ours: str) -> list:
-    """The settings of other methods with the highest mean, of those checkpoints and ratios that have them."""
+    """The settings of other methods with the highest mean, of those checkpoints and budgets that have them."""
     means = {}
-    ratios = cells.ratios(kind)
-    for setting in dict.fromkeys(setting for ratio in ratios for setting in cells.settings(kind, ratio)):
+    budgets = cells.budgets(kind)
+    for setting in dict.fromkeys(setting for budget in budgets for setting in cells.settings(kind, budget)):
         if setting == CONTROL or setting.startswith(ours):
             continue
-        rows = [cells.row(name, kind, setting, ratio) for name in cells.checkpoints for ratio in ratios]
+        rows = [cells.row(name, kind, setting, budget) for name in cells.checkpoints for budget in budgets]
         accuracies = [row["accuracy"] for row in rows if row]
         means[setting] = sum(accuracies) / len(accuracies)
     return sorted(means, key=means.get, reverse=True)
@@ -54,15 +54,16 @@ def _draw_panel(axes, cells, checkpoint: str, kind: str, lines: dict) -> None:
     if unpruned:
         axes.axhline(100 * unpruned["accuracy"], color="black", linestyle="--", linewidth=1, label=UNPRUNED)
     for setting, style in lines.items():
-        rows = [row for ratio in sorted(cells.ratios(kind)) if (row := cells.row(checkpoint, kind, setting, ratio))]
+        rows = {budget: cells.row(checkpoint, kind, setting, budget) for budget in sorted(cells.budgets(kind))}
+        rows = {budget: row for budget, row in rows.items() if row}
         axes.plot(
-            [row["keep_ratio"] for row in rows],
-            [100 * row["accuracy"] for row in rows],
+            list(rows),
+            [100 * row["accuracy"] for row in rows.values()],
             marker=".",
             label=setting,
             **style,
         )
-    ticks = sorted(cells.ratios(kind))
+    ticks = sorted(cells.budgets(kind))
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:.2f}" for tick in ticks], fontsize=7)
     axes.minorticks_off()

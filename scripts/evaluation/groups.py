@@ -50,7 +50,19 @@ ABLATION = (
     "rediprune" + ORIGINAL,
     "rediprune,proportional_attention=true" + ORIGINAL,
 )
-GROUPS = {"methods": METHODS, "ablation": ABLATION}
+# For `--operations`: what prunes before the language model, inside it, and in both places. VTW has no budget that could be set.
+STAGES = (
+    "rediprune_plus",
+    "rediprune" + ORIGINAL,
+    "divprune" + ORIGINAL,
+    "rediprune_plus,inner_method=fastv,inner_keep_ratio=0.05",
+    f"holitom{ORIGINAL},inner_method=holitom,inner_keep_ratio=0.05",
+    "fastv",
+    "dart",
+    "random" + ORIGINAL,
+    "uniform" + ORIGINAL,
+)
+GROUPS = {"methods": METHODS, "ablation": ABLATION, "stages": STAGES}
 
 
 def as_settings(text: str) -> list[Setting]:

@@ -451,6 +451,7 @@ def test_equal_operations(tmp_path, capsys):
     rows = evaluate(tmp_path / "a", *arguments, "--settings", "uniform", "fastv", two_stages)["rows"]
     told = [row["setting"] for row in rows]
     assert told == ["unpruned", "uniform", "fastv", two_stages, "uniform", two_stages]
+    assert [row.get("asked_operations") for row in rows] == [None, 0.5, 0.5, 0.5, 0.3, 0.3]
     assert "fastv cannot take 0.3 of the unpruned operations: left out" in capsys.readouterr().err
     by_formula_and_counted = zip([0.5, 0.5, None, 0.3, 0.3], rows[1:])
     assert all(abs(row["share_of_operations"] - share) < 0.02 for share, row in by_formula_and_counted if share)

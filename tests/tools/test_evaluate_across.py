@@ -93,6 +93,24 @@ def test_a_setting_that_one_checkpoint_lacks_has_a_dash(tmp_path):
     ]
 
 
+def by_operations(content):
+    for row in content["rows"][1:]:
+        row |= {"asked_operations": 0.5, "keep_ratio": row["accuracy"]}  # of which each setting has its own
+    return content
+
+
+def test_what_was_asked_for_by_operations_is_compared_by_operations(tmp_path):
+    found, text = across(tmp_path, one=by_operations(report(**{OURS: 0.8, "random": 0.5})))
+    (entry,) = found["goals"]
+    assert (entry["measure"], entry["budget"], entry["best_rival"]) == ("share of the operations", 0.5, "random")
+    assert "## Videos, share of the operations 0.5" in text and "| random | 50.0 (49.0 to 51.0) |" in text
+
+
+def test_budgets_of_two_kinds_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="some by operations"):
+        across(tmp_path, one=report(random=0.5), two=by_operations(report(random=0.5)))
+
+
 def test_reports_about_different_scenes_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="different scenes"):
         across(tmp_path, one=report(), two=report(first_scene=5))
