@@ -25,7 +25,7 @@ def comparison(question: str, method: str, keep_ratio: float, pruned: dict, full
     summary = (
         f"<b>{pruned['visual_tokens']} of {full['visual_tokens']}</b> visual tokens ({kept:.0%}), chosen by "
         f"<b>{escape(method)}</b> at a ratio of <b>{keep_ratio:g}</b>. First word after <b>{milliseconds(fast)}</b> instead of "
-        f"{milliseconds(slow)}: {slow / fast:.1f} times as fast."
+        f"{milliseconds(slow)}: {slow / fast:.1f} times as fast, in one run of each."
     )
     return (
         f'<section class="comparison" role="status"><h2>{escape(question)}</h2>'
