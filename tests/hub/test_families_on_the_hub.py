@@ -1,21 +1,19 @@
 """Variants of every family: exported, loaded through everything that loads a model, saved, pushed, and carried to the other line
-of transformers. All of this happens in processes that know nothing of this one: one exports, one loads and saves, one pushes, and
-one of the other line loads what these left. The tests on that line see the other direction."""
+of transformers. All of this happens in processes that know nothing of this one: one loads, saves and pushes, and one of the
+other line loads what it left. The tests on that line see the other direction."""
 
 import contextlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 
+import export
 import pytest
 import torch
 from exporting import refused, run
 from families import FAMILIES
 from hub_server import Hub
-from places import ROOT
-from test_hub import OTHER_PYTHON, assert_same, environment, needs_other, run_step, run_steps
+from test_hub import OTHER_PYTHON, assert_same, needs_other, run_steps
 from tiny import random_image, random_video, write_video
 from transformers import AutoProcessor
 
@@ -52,13 +50,12 @@ def base(family, folder):
 
 @pytest.fixture(scope="module")
 def variant(base, folder):
-    """Exported by the command, which compares it with its base."""
-    script, output = ROOT / "scripts" / "export.py", folder / "variant"
-    command = [sys.executable, script, base, "--keep-ratio", KEEP_RATIO, "--output", output]
-    result = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "bit for bit" in result.stdout
-    return output
+    """Exported and compared with its base."""
+    arguments = [base, "--keep-ratio", KEEP_RATIO, "--output", folder / "variant"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        export.main([*map(str, arguments)])
+    assert "bit for bit" in printed.getvalue()
+    return folder / "variant"
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +75,20 @@ def old(family, base, folder):
 
 
 @pytest.fixture(scope="module")
-def here(variant, linked, folder):
-    """What this line finds in the folders; it saves one of them again."""
-    return run_steps(
-        None,
+def here(family, hub, variant, linked, folder):
+    """What this line finds in the folders, of which it saves one again, and on the Hub, where it pushes that."""
+    before = len(hub.requests)
+    found = run_steps(
+        hub,
         folder / "home",
         copy=("everywhere", {"repo": variant}),
         link=("everywhere", {"repo": linked}),
         again=("saved_again", {"repo": variant, "folder": folder / "again"}),
         card=("card", {"folder": variant}),
+        pushed=("pushed", {"folder": variant, "repo": f"me/{family.name}"}),
     )
+    assert hub.requests[before] == ("POST", "/api/repos/create")  # nothing is asked about a folder
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +97,7 @@ def loaded(here):
 
 
 @pytest.fixture(scope="module")
-def pushed(family, hub, variant, folder):
-    return run_step("pushed", hub, folder / "home-hub", folder=variant, repo=f"me/{family.name}")
-
-
-@pytest.fixture(scope="module")
-def there(family, hub, variant, here, old, pushed, folder):
+def there(family, hub, variant, here, old, folder):
     """What the other line finds in the folders and on the Hub."""
     return run_steps(
         hub,
@@ -151,8 +147,8 @@ def test_saved_and_loaded_again(here):
     assert_same(here["again"]["seen"], here["copy"]["seen"]["AutoModel"][1])
 
 
-def test_pushed_and_loaded_by_id(family, pushed, loaded):
-    check(family, pushed, loaded)
+def test_pushed_and_loaded_by_id(family, here, loaded):
+    check(family, here["pushed"], loaded)
 
 
 @needs_other
