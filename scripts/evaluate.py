@@ -6,7 +6,8 @@ its ratio in the tables is what that comes to; so does one that needs no budget 
 other row is also compared with its answers.
 
 Three names stand for many settings: `methods` (every method whose budget is the ratio, with the controls), `ablation` (the choices of
-`rediprune_plus` one by one) and `stages` (before the language model, inside it and both, for `--operations`). Those of them that the model refuses, as a tower without CLS does, are left out, and the report says why.
+`rediprune_plus` one by one) and `stages` (before the language model, inside it and both, for `--operations`). Those of them that the
+model refuses, as a tower without CLS does, are left out, and the report says why.
 
 Controls: the methods `random` and `uniform`; and `query=other` (select for the question of another sample) or
 `query=constant` (for one and the same text), after a method that looks at the question. The answer is still to the question

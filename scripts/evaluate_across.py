@@ -65,7 +65,13 @@ class Cells:
         self.measure = "share of the operations" if asked == {True} else "keep ratio"
         for name, report in reports.items():
             for row in report["rows"]:
-                self.rows[name, row["kind"], row["setting"], row.get("asked_operations", row["keep_ratio"])] = row
+                self.rows[name, row["kind"], row["setting"], self._budget(row)] = row
+
+    def _budget(self, row) -> float:
+        """What was asked for; of a setting that takes no ratio, such as `vtw`, what it comes to."""
+        if self.measure == "keep ratio":
+            return row["keep_ratio"]
+        return row.get("asked_operations", row["share_of_operations"])
 
     def _column(self, part: int, **fixed) -> list:
         """The values of one part of the keys in order of their first appearance, where other parts are as `fixed`."""

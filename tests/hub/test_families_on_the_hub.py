@@ -76,7 +76,7 @@ def old(family, base, folder):
 
 @pytest.fixture(scope="module")
 def here(family, hub, variant, linked, folder):
-    """What this line finds in the folders, of which it saves one again, and on the Hub, where it pushes that."""
+    """What this line finds in the folders, one of which it saves again and pushes, and what it finds on the Hub then."""
     before = len(hub.requests)
     found = run_steps(
         hub,

@@ -94,7 +94,9 @@ def test_a_setting_that_one_checkpoint_lacks_has_a_dash(tmp_path):
 
 
 def by_operations(content):
-    for row in content["rows"][1:]:
+    unpruned, *others = content["rows"]
+    unpruned["share_of_operations"] = 1.0
+    for row in others:
         row |= {"asked_operations": 0.5, "keep_ratio": row["accuracy"]}  # of which each setting has its own
     return content
 
@@ -104,6 +106,15 @@ def test_what_was_asked_for_by_operations_is_compared_by_operations(tmp_path):
     (entry,) = found["goals"]
     assert (entry["measure"], entry["budget"], entry["best_rival"]) == ("share of the operations", 0.5, "random")
     assert "## Videos, share of the operations 0.5" in text and "| random | 50.0 (49.0 to 51.0) |" in text
+
+
+def test_what_takes_no_ratio_stands_at_the_operations_that_it_takes(tmp_path):
+    content = by_operations(report(**{OURS: 0.8, "random": 0.5, "vtw": 0.3}))
+    del content["rows"][-1]["asked_operations"]
+    content["rows"][-1] |= {"keep_ratio": 0, "share_of_operations": 0.23}
+    found, text = across(tmp_path, one=content)
+    assert "## Videos, share of the operations 0.23" in text and "share of the operations 0\n" not in text
+    assert [entry["budget"] for entry in found["goals"]] == [0.5]
 
 
 def test_budgets_of_two_kinds_are_refused(tmp_path):
